@@ -1,0 +1,115 @@
+"""The command line: compose, run, and say what happened in sentences."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter
+from typing import Any, ClassVar, final
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gia_bench.conf_path import CONF
+from gia_bench.config import build, identify
+from gia_bench.errors import GiaBenchError, IncompatibleError
+from gia_bench.records.provenance import versions
+from gia_bench.records.runs import read_status, write_status
+from gia_bench.run import prepare_folder, train
+
+log = logging.getLogger(__name__)
+
+
+def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, sweeping: bool) -> str:
+    """One run to its end: "done", "skipped" or raises. The state stands in the run's ``status.json`` at any time."""
+    run = identify(cfg, choices)
+    label = f"{run.origin.experiment}/{run.origin.run_id}"
+    if read_status(run.folder) == "done" and not run.force:
+        log.info("%s is finished already; force=true runs it again", label)
+        return "done"
+    prepare_folder(run.folder, dict(run.config), run.force)
+    write_status(run.folder, "running", overrides=overrides)
+    try:
+        experiment = build(cfg, run)
+        data = experiment.data.dataset
+        write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
+        train(experiment)
+    except IncompatibleError as error:
+        write_status(run.folder, "skipped", str(error))
+        if not sweeping:
+            raise
+        log.warning("%s is skipped: %s", label, error)
+        return "skipped"
+    except BaseException as error:
+        write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
+        log.error("%s failed: %s", label, error)
+        raise
+    write_status(run.folder, "done")
+    log.info("%s is done: %s", label, run.folder)
+    return "done"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _hydra_main(cfg: DictConfig) -> str:
+    context = HydraConfig.get()
+    words, sweeping = list(context.overrides.task), context.mode == RunMode.MULTIRUN
+    try:
+        return execute(cfg, dict(context.runtime.choices), words, sweeping=sweeping)
+    except GiaBenchError as error:
+        if sweeping:
+            raise  # Hydra notes which run it was and goes on with the next
+        raise SystemExit(f"gia-bench: {error}") from error
+
+
+@final
+class SweepSummary(Callback):
+    """Counts how the runs of a sweep ended, skipped and failed ones included."""
+
+    # of the class, since Hydra makes the object and ends a sweep with failures without another call
+    states: ClassVar[Counter[str]] = Counter()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        returned = job_return._return_value
+        self.states[returned if isinstance(returned, str) else "failed"] += 1
+
+    @classmethod
+    def show(cls) -> None:
+        """Print the counts of a sweep; nothing for a single run."""
+        if cls.states.total() > 1:
+            counts = ", ".join(f"{n} {state}" for state, n in sorted(cls.states.items()))
+            print(f"{cls.states.total()} runs: {counts}")
+
+
+def main() -> None:
+    """The console script ``gia-bench``; problems a user can mend are one sentence and exit status 1."""
+    try:
+        run_as_command(_hydra_main, "gia-bench")
+    finally:
+        SweepSummary.show()
+
+
+def run_as_command(entry: Any, name: str) -> None:
+    """Run a Hydra entry and turn mendable errors into a sentence on stderr."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
+    try:
+        entry()
+    except (GiaBenchError, HydraException, OmegaConfBaseException, OSError) as error:
+        print(f"{name}: {_sentence(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _sentence(error: BaseException) -> str:
+    """The error's own words; for an unknown key also the keys that exist beside it."""
+    text = str(error)
+    cause = error.__cause__
+    parent = getattr(cause, "parent_node", None)
+    if isinstance(parent, DictConfig):
+        text += f"\nThere are: {', '.join(sorted(str(k) for k in parent))}"
+    return text

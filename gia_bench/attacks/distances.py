@@ -1,0 +1,81 @@
+"""How far one dummy update is from the observed one. Each is written for one pair and mapped over candidates.
+
+The observed update names the tensors that count: a threat model (or a wrapping distance) that shows fewer layers passes
+fewer tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from gia_bench.values import Update
+
+Distance: TypeAlias = Callable[[Update, Update], Tensor]
+"""(dummy update, observed update) -> scalar, 0 where they agree. Twice differentiable in the first."""
+
+
+@final
+@dataclass(frozen=True)
+class Euclidean:
+    """The sum of squared differences over all tensors (Zhu et al. 2019, DLG)."""
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        return _sum((dummy[k] - observed[k]).square().sum() for k in observed)
+
+
+@final
+@dataclass(frozen=True)
+class EuclideanMean:
+    """The squared difference averaged over all entries of the update: Euclidean / P (gia_bench choice)."""
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        total = _sum((dummy[k] - observed[k]).square().sum() for k in observed)
+        return total / sum(t.numel() for t in observed.values())
+
+
+@final
+@dataclass(frozen=True)
+class L1:
+    """The sum of absolute differences over all tensors."""
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        return _sum((dummy[k] - observed[k]).abs().sum() for k in observed)
+
+
+@final
+@dataclass(frozen=True)
+class Cosine:
+    """1 - the cosine of the angle between the updates, all tensors as one vector; in [0, 2] (Geiping et al. 2020)."""
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        dot = _sum((dummy[k] * observed[k]).sum() for k in observed)
+        squares = (_sum(u[k].square().sum() for k in observed) for u in (dummy, observed))
+        return 1 - _over_norms(dot, *squares)
+
+
+@final
+@dataclass(frozen=True)
+class LayerCosine:
+    """The mean over the tensors of ``Cosine``, so that every tensor has the same say."""
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        cosines = (
+            _over_norms((dummy[k] * observed[k]).sum(), dummy[k].square().sum(), observed[k].square().sum())
+            for k in observed
+        )
+        return 1 - _sum(cosines) / len(observed)
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def _over_norms(dot: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
+    """A zero update (everything was pruned) gives 0, and no NaN in the gradient: it says nothing and breaks nothing."""
+    tiny = torch.finfo(dot.dtype).tiny
+    return dot / (square1.clamp(min=tiny).sqrt() * square2.clamp(min=tiny).sqrt())

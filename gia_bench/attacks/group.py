@@ -1,0 +1,141 @@
+"""Victims that share the model and the batch size, as one function of all their candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from gia_bench.attacks.distances import Distance
+from gia_bench.attacks.optimizers import Variables
+from gia_bench.attacks.priors import Prior
+from gia_bench.attacks.scene import Candidate, PixelSpace, Scene, dummy_update, update_unit
+from gia_bench.models.functional import Victim
+from gia_bench.values import Batch, Buffers, Observation, Update
+
+
+class Seen(NamedTuple):
+    """What differs between the victims of a group, stacked: [V, ...]. Empty where it is not shown."""
+
+    update: Update
+    sent_buffers: Buffers
+    shown_labels: dict[str, Tensor]
+    labels: dict[str, Tensor]
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """The loss of V x T candidates and its gradient. ``template`` holds what all the victims share."""
+
+    victim: Victim
+    template: Observation
+    seen: Seen
+    space: PixelSpace
+    distance: Distance
+    priors: Mapping[str, Prior]
+    max_batch: int | None
+
+    @classmethod
+    def of(
+        cls,
+        observations: Sequence[Observation],
+        victim: Victim,
+        labels: Sequence[Tensor | None],
+        space: PixelSpace,
+        distance: Distance,
+        priors: Mapping[str, Prior],
+        max_batch: int | None,
+    ) -> Group:
+        """Stacks the victims on the device of the model's parameters. ``labels``: as taken by the attack."""
+        first = observations[0]
+        params = {k: v.detach() for k, v in first.params.items()}
+        # an attacker who is not shown the statistics has those of the model as it is published
+        buffers = {**victim.initial()[1], **first.buffers}
+        device = next(iter(params.values())).device
+        buffers = {k: v.to(device) for k, v in buffers.items()}
+        seen = Seen(
+            update=_stack([o.update for o in observations], device),
+            sent_buffers=_stack([o.sent_buffers or {} for o in observations], device),
+            shown_labels=_stack([{} if o.labels is None else {"labels": o.labels} for o in observations], device),
+            labels=_stack([{} if y is None else {"labels": y} for y in labels], device),
+        )
+        template = dataclasses.replace(first, params=params, buffers=buffers)
+        return cls(
+            victim=victim,
+            template=template,
+            seen=seen,
+            space=space,
+            distance=distance,
+            priors=priors,
+            max_batch=max_batch,
+        )
+
+    def loss(self, variables: Variables, seen: Seen, buffers: Buffers) -> Tensor:
+        """The loss of one candidate of one victim (scalar)."""
+        observation = dataclasses.replace(
+            self.template,
+            buffers=buffers,
+            update=seen.update,
+            sent_buffers=seen.sent_buffers or None,
+            labels=seen.shown_labels.get("labels"),
+        )
+        scene = Scene(self.victim, observation)
+        pixels = variables["pixels"]
+        labels = variables["labels"].softmax(-1) if "labels" in variables else seen.labels["labels"]
+        candidate = Candidate(pixels, self.space.decode(pixels), labels)
+        dummy = dummy_update(scene, Batch(candidate.inputs, labels, pixels.new_ones(len(pixels))))
+        if observation.defense is not None:
+            dummy = observation.defense.surrogate(dummy, observation)
+        unit = update_unit(observation)
+        distance = self.distance(_in_units(dummy, unit), _in_units(observation.update, unit))
+        return sum((prior(candidate, scene) for prior in self.priors.values()), distance)
+
+    def evaluate(self, variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
+        """The losses [V, T] and their gradients, ``max_batch`` candidates at a time; see ``Evaluate``."""
+        pixels = variables["pixels"]
+        V, T = pixels.shape[:2]
+        rows = torch.arange(V, device=pixels.device)
+        if wanted is not None and pixels.device.type == "cpu":
+            rows = rows[wanted.any(1)]
+        loss, gradients = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
+        for few, restarts in _chunks(len(rows), T, self.max_batch):
+            victims = few if len(rows) == V else rows[few]  # a slice copies nothing
+            part = {k: v[victims, restarts] for k, v in variables.items()}
+            gradient, loss[victims, restarts] = self._map(
+                part, Seen(*({k: v[victims] for k, v in s.items()} for s in self.seen))
+            )
+            for k, g in gradient.items():
+                gradients[k][victims, restarts] = g
+        return loss, gradients
+
+    def _map(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
+        # vmap(grad(loss)), never the gradient of vmap(loss): through BatchNorm in training mode the latter's second
+        # derivative is silently wrong (torch 2.15); a test holds both against finite differences
+        one = grad_and_value(self.loss)
+        # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
+        axes = variables["pixels"].shape[:2]
+        buffers = {k: v.expand(*axes, *v.shape) for k, v in self.template.buffers.items()}
+        restarts = vmap(one, in_dims=(0, None, 0))
+        result: tuple[Variables, Tensor] = vmap(restarts, in_dims=(0, 0, 0))(variables, seen, buffers)
+        return result
+
+
+def _stack(dicts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    return {k: torch.stack([d[k].detach().to(device) for d in dicts]) for k in dicts[0]}
+
+
+def _in_units(update: Update, unit: float) -> Update:
+    return update if unit == 1 else {k: v / unit for k, v in update.items()}
+
+
+def _chunks(V: int, T: int, max_batch: int | None) -> list[tuple[slice, slice]]:
+    """Whole victims where their restarts fit, so that a target is used by all restarts at once; else single victims."""
+    size = max_batch or V * T
+    rows, columns = max(size // T, 1), min(T, size)
+    return [(slice(v, v + rows), slice(t, t + columns)) for v in range(0, V, rows) for t in range(0, T, columns)]

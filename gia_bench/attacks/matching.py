@@ -1,0 +1,172 @@
+"""Gradient matching: find the images whose update is the observed one. DLG, iDLG, Inverting Gradients are settings."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gia_bench.attacks.base import FORGET, Attack, Snapshots
+from gia_bench.attacks.checks import check
+from gia_bench.attacks.distances import Distance
+from gia_bench.attacks.group import Group
+from gia_bench.attacks.initial import Initial
+from gia_bench.attacks.labels import METHODS
+from gia_bench.attacks.optimize import Progress, Search
+from gia_bench.attacks.optimizers import Optimizer, Variables
+from gia_bench.attacks.priors import Prior
+from gia_bench.attacks.scene import PixelSpace
+from gia_bench.attacks.schedules import Constant, Schedule
+from gia_bench.errors import ConfigError, IncompatibleError, choices
+from gia_bench.models.functional import Victim
+from gia_bench.seeding import derive, stream
+from gia_bench.threat import Knowledge
+from gia_bench.values import Observation, Reconstruction
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GradientMatching(Attack):
+    """Minimise distance(dummy update, observed update) + priors over images, for all victims and restarts at once.
+
+    distance, priors, optimizer, schedule, initial: the parts; labels: how labels are found (``labels.METHODS``);
+    steps, restarts: at least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss
+    falls below rests (None: never); max_batch: candidates evaluated at once, None for all (the same numbers, less
+    memory); snapshot_every: steps between two snapshots, and between two looks whether all candidates rest.
+
+    Every restart keeps its best iterate with that iterate's own loss; the restart with the lowest loss is returned. The
+    loss is all that chooses: the truth is nowhere near. An update that was observed by an attacker who knows the
+    defense is matched through ``defense.surrogate``.
+    """
+
+    distance: Distance
+    optimizer: Optimizer
+    initial: Initial
+    priors: Mapping[str, Prior] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=Constant)
+    labels: str = "auto"
+    steps: int
+    restarts: int = 1
+    boxed: bool = False
+    stop_below: float | None = None
+    max_batch: int | None = None
+    snapshot_every: int = 100
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "priors", dict(self.priors))
+        for name in ("steps", "restarts", "snapshot_every"):
+            check(getattr(self, name) >= 1, f"attack.{name}", getattr(self, name), "at least 1")
+        check(self.max_batch is None or self.max_batch >= 1, "attack.max_batch", self.max_batch, "at least 1, or null")
+        if self.labels not in METHODS:
+            raise ConfigError(choices("attack.labels", self.labels, METHODS))
+
+    @property
+    def requires(self) -> Knowledge:
+        shown = Knowledge.LABELS if self.labels == "known" else Knowledge.NONE
+        return Knowledge.NUM_EXAMPLES | shown
+
+    @property
+    def max_examples(self) -> int | None:
+        return 1 if self.labels == "idlg" else None
+
+    def reconstruct_many(
+        self,
+        observations: Sequence[Observation],
+        victim: Victim,
+        *,
+        seeds: Sequence[int],
+        snapshots: Snapshots = FORGET,
+    ) -> list[Reconstruction]:
+        alike: dict[Hashable, list[int]] = {}
+        for i, observation in enumerate(observations):
+            _check(observation, victim)
+            alike.setdefault(_kind(observation), []).append(i)
+        found: dict[int, Reconstruction] = {}
+        for members in alike.values():
+            some, own_seeds = [observations[i] for i in members], [seeds[i] for i in members]
+            found |= zip(members, self._reconstruct_group(some, victim, own_seeds, snapshots), strict=True)
+        return [found[i] for i in range(len(observations))]
+
+    def _reconstruct_group(
+        self, observations: list[Observation], victim: Victim, seeds: list[int], snapshots: Snapshots
+    ) -> list[Reconstruction]:
+        like = next(iter(observations[0].params.values()))
+        victim, space = victim.to(like.device), PixelSpace.of(victim, like)
+        labels = [METHODS[self.labels](o, victim) for o in observations]
+        group = Group.of(observations, victim, labels, space, self.distance, self.priors, self.max_batch)
+        search = Search(
+            evaluate=group.evaluate,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            clamp=lambda v: {**v, "pixels": space.clamp(v["pixels"])} if self.boxed else v,
+            steps=self.steps,
+            stop_below=self.stop_below,
+            snapshot_every=self.snapshot_every,
+        )
+        # repr holds every hyperparameter: the state of other settings or other victims is never picked up
+        key = f"matching-{derive(0, repr(self), repr(_kind(observations[0])[-1]), *seeds):016x}"
+        start = self._start(observations[0], victim, seeds, like, joint=labels[0] is None)
+        end = search.run(start, snapshots, key)
+        return [self._best_restart(end, v, o, labels[v], space) for v, o in enumerate(observations)]
+
+    def _start(
+        self, observation: Observation, victim: Victim, seeds: list[int], like: Tensor, *, joint: bool
+    ) -> Variables:
+        """First guesses from the streams of each victim and restart, so that neither batch nor chunk matters."""
+        B = observation.num_examples or 0
+
+        def guess(name: str, *shape: int) -> Tensor:
+            streams = [[stream(seed, name, t) for t in range(self.restarts)] for seed in seeds]
+            rows = [torch.stack([self.initial(shape, s, like.dtype) for s in row]) for row in streams]
+            return torch.stack(rows).to(like.device)
+
+        start = {"pixels": guess("initial", B, *victim.input_shape)}
+        return start | {"labels": guess("initial_labels", B, victim.num_classes)} if joint else start
+
+    def _best_restart(
+        self, end: Progress, v: int, observation: Observation, labels: Tensor | None, space: PixelSpace
+    ) -> Reconstruction:
+        t = int(end.best_loss[v].argmin())
+        score = float(end.best_loss[v, t])
+        if labels is None:
+            labels = end.best["labels"][v, t].argmax(-1)
+        failure = None if score < torch.inf else _why_never_finite(observation, self.restarts)
+        return Reconstruction(
+            inputs=space.decode(end.best["pixels"][v, t]), labels=labels, score=score, failure=failure
+        )
+
+
+def _kind(observation: Observation) -> tuple[Hashable, ...]:
+    """What must be the same for observations to be one batch."""
+    o = observation
+    tensors = tuple((k, id(v)) for shared in (o.params, o.buffers, o.shared) for k, v in shared.items())
+    return tensors, id(o.local), id(o.defense), o.labels is None, o.sent_buffers is None, (o.num_examples, *o.update)
+
+
+def _check(observation: Observation, victim: Victim) -> None:
+    B, params = observation.num_examples, observation.params
+    if B is None:
+        raise IncompatibleError(
+            "Gradient matching must know how many examples an update holds; take a threat that shows num_examples."
+        )
+    if not observation.update:
+        raise IncompatibleError("The observed update holds no tensor, so there is nothing to match.")
+    for name, tensor in observation.update.items():
+        if name not in params or params[name].shape != tensor.shape:
+            expected = tuple(params[name].shape) if name in params else "no such parameter"
+            raise IncompatibleError(
+                f"The observed update's {name!r} has shape {tuple(tensor.shape)}, the model's: {expected}; "
+                "give the model that the client trained."
+            )
+    if observation.labels is not None and observation.labels.shape != (B,):
+        raise IncompatibleError(f"The observed labels have shape {tuple(observation.labels.shape)}, expected ({B},).")
+
+
+def _why_never_finite(observation: Observation, restarts: int) -> str:
+    broken = [name for name, t in observation.update.items() if not bool(t.isfinite().all())]
+    if broken:
+        return f"the observed update holds NaN or infinity in {', '.join(broken)}"
+    return f"the loss was never finite in any of {restarts} restarts"

@@ -1,0 +1,135 @@
+"""The engine: many candidates, one loop, best iterates, and a state that outlives the process.
+
+Axes: V victims, T restarts. Inside the loop nothing waits for the device; that happens every ``snapshot_every`` steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from gia_bench.attacks.base import Snapshots
+from gia_bench.attacks.optimizers import Evaluate, Moment, Optimizer, Variables
+from gia_bench.attacks.schedules import Schedule
+from gia_bench.values import State
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Progress:
+    """Everything that changes during a search. best: the variables [V, T, ...] with the lowest loss seen, best_loss
+    [V, T] (infinite: never finite); frozen [V, T] bool: candidates that stay as they are from here on.
+    """
+
+    step: int
+    variables: Variables
+    best: Variables
+    best_loss: Tensor
+    frozen: Tensor
+    optimizer: State
+
+    def pack(self) -> dict[str, Any]:
+        """A copy on the host, flat and by name."""
+        parts = {"variables": self.variables, "best": self.best, "optimizer": self.optimizer}
+        parts["search"] = {"best_loss": self.best_loss, "frozen": self.frozen}
+        packed = {f"{part}/{k}": v.to("cpu", copy=True) for part, tensors in parts.items() for k, v in tensors.items()}
+        return {"step": self.step, **packed}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any], device: torch.device) -> Progress:
+        """The inverse of ``pack``, in tensors of its own."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {
+                k.removeprefix(f"{name}/"): v.to(device, copy=True)
+                for k, v in packed.items()
+                if k.startswith(f"{name}/")
+            }
+
+        return cls(
+            step=packed["step"],
+            variables=part("variables"),
+            best=part("best"),
+            optimizer=part("optimizer"),
+            **part("search"),
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Search:
+    """One search. clamp: applied to the variables after each step; stop_below: a candidate whose loss falls below stays
+    as it is (None: never); snapshot_every: steps between two looks from the host.
+    """
+
+    evaluate: Evaluate
+    optimizer: Optimizer
+    schedule: Schedule
+    clamp: Callable[[Variables], Variables]
+    steps: int
+    stop_below: float | None
+    snapshot_every: int
+
+    @torch.no_grad()
+    def run(self, start: Variables, snapshots: Snapshots, key: str) -> Progress:
+        """From ``start``, or from where a killed run left it, to the end."""
+        some = next(iter(start.values()))
+        packed = snapshots.load(key)
+        now = self._begin(start) if packed is None else Progress.unpack(packed, some.device)
+        while now.step < self.steps:
+            now = self._advance(now)
+            if now.step % self.snapshot_every == 0 or now.step == self.steps:
+                snapshots.save(key, now.pack())
+                if bool(now.frozen.all()):
+                    break
+        loss, _ = self.evaluate(now.variables)  # the last step's result has not been looked at yet
+        return _keep_best(now, loss)
+
+    def _begin(self, start: Variables) -> Progress:
+        some = next(iter(start.values()))
+        return Progress(
+            step=0,
+            variables=start,
+            best=start,
+            best_loss=some.new_full(some.shape[:2], torch.inf),
+            frozen=torch.zeros(some.shape[:2], dtype=torch.bool, device=some.device),
+            optimizer=self.optimizer.init(start),
+        )
+
+    def _advance(self, now: Progress) -> Progress:
+        moment, moving = Moment(now.step, self.steps, self.schedule(now.step, self.steps)), ~now.frozen
+
+        def evaluate(variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
+            return self.evaluate(variables, moving if wanted is None else moving & wanted)
+
+        move = self.optimizer.step(now.variables, now.optimizer, evaluate, moment)
+        now = _keep_best(now, move.loss)
+        proposed = self.clamp(move.variables)
+        dead = torch.stack([~v.isfinite().flatten(2).all(2) for v in proposed.values()]).any(0)
+        frozen = now.frozen | move.settled | dead
+        if self.stop_below is not None:
+            frozen = frozen | (now.best_loss < self.stop_below)
+        return dataclasses.replace(
+            now,
+            step=now.step + 1,
+            variables=_select(frozen, now.variables, proposed),
+            frozen=frozen,
+            optimizer=move.state,
+        )
+
+
+def _keep_best(now: Progress, loss: Tensor) -> Progress:
+    """``loss`` belongs to ``now.variables``; what is not finite never is the best."""
+    better = loss.isfinite() & (loss < now.best_loss)
+    best = _select(better, now.variables, now.best)
+    return dataclasses.replace(now, best=best, best_loss=torch.where(better, loss, now.best_loss))
+
+
+def _select(where: Tensor, yes: Variables, no: Variables) -> Variables:
+    """``yes`` for the candidates [V, T] with ``where``, else ``no``."""
+    return {k: torch.where(where.view(*where.shape, *[1] * (v.ndim - 2)), v, no[k]) for k, v in yes.items()}

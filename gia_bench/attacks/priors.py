@@ -1,0 +1,78 @@
+"""What images look like, added to the distance. Each is written for one candidate and mapped.
+
+Pixels are taken in the searched coordinates (normalised), as the references do.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor, nn
+
+from gia_bench.attacks.checks import check
+from gia_bench.attacks.scene import Candidate, Scene
+
+
+class Prior(ABC):
+    """A penalty on one candidate: a scalar that is added to the distance."""
+
+    @abstractmethod
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        """The weighted penalty."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Prior):
+    """weight * (mean |dx| + mean |dy|), anisotropic, without borders (Geiping et al. 2020).
+
+    Images of one pixel's width or height have no variation in that direction.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "total_variation.weight", self.weight, "at least 0")
+
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        x = candidate.pixels
+        return self.weight * (_mean_abs(x.diff(dim=-1)) + _mean_abs(x.diff(dim=-2)))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PaddedTotalVariation(Prior):
+    """Breaching's scale: weight * mean over all pixels of (|dx| + |dy|), with one line of zeros behind the last row and
+    column, so that its borders count, and with 1e-8 added to each difference.
+    """
+
+    weight: float
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "padded_total_variation.weight", self.weight, "at least 0")
+
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        x = nn.functional.pad(candidate.pixels, (0, 1, 0, 1))
+        dx, dy = x.diff(dim=-1)[..., :-1, :], x.diff(dim=-2)[..., :-1]
+        return self.weight * ((dx.abs() + self.eps) + (dy.abs() + self.eps)).mean()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Norm(Prior):
+    """weight * mean x^2 / 2 (breaching's norm with p = 2)."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "norm.weight", self.weight, "at least 0")
+
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        return self.weight * candidate.pixels.square().mean() / 2
+
+
+def _mean_abs(x: Tensor) -> Tensor:
+    return x.abs().sum() / max(x.numel(), 1)

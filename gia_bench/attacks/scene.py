@@ -1,0 +1,79 @@
+"""What one candidate and its victim look like to the parts of an attack, and the coordinates that are searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from gia_bench.models.functional import Victim
+from gia_bench.values import Batch, Observation, Update
+
+
+class Scene(NamedTuple):
+    """Everything an attacker knows about one victim."""
+
+    victim: Victim
+    observation: Observation
+
+
+class Candidate(NamedTuple):
+    """One guess. pixels: [B, C, H, W] in the searched coordinates; inputs: the same as images in [0, 1];
+    labels: [B] int64, or [B, classes] probabilities.
+    """
+
+    pixels: Tensor
+    inputs: Tensor
+    labels: Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PixelSpace:
+    """The coordinates in which images are searched: as the network sees them, normalised where the victim normalises.
+
+    The references search there (Geiping et al. 2020), so that a learning rate, a total variation and a standard normal
+    guess mean what they mean in the papers. mean, std: [C, 1, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, victim: Victim, like: Tensor) -> PixelSpace:
+        """The victim's normalisation, in the dtype and on the device of ``like``."""
+        if victim.mean is None or victim.std is None:
+            return cls(like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1))
+        return cls(*(t.to(like).view(-1, 1, 1) for t in (victim.mean, victim.std)))
+
+    def decode(self, pixels: Tensor) -> Tensor:
+        """Images in [0, 1] (not clamped)."""
+        return pixels * self.std + self.mean
+
+    def clamp(self, pixels: Tensor) -> Tensor:
+        """The nearest pixels whose images lie in [0, 1]."""
+        return torch.maximum(torch.minimum(pixels, (1 - self.mean) / self.std), -self.mean / self.std)
+
+
+def update_unit(observation: Observation) -> float:
+    """What a plain gradient is multiplied with in this update: 1 for FedSGD, the local learning rate for FedAvg."""
+    rate = observation.local.learning_rate if observation.local is not None else None
+    return 1.0 if rate is None else rate
+
+
+def dummy_update(scene: Scene, batch: Batch) -> Update:
+    """The update a client would have sent for ``batch`` [B, ...], differentiable in it.
+
+    FedAvg is approximated by one step on all examples at once: learning rate times gradient. That is exact for one step
+    and wrong by the number of steps in length, not much in direction, for a few. (gia_bench choice.)
+    """
+    victim, seen = scene
+
+    def loss(params: Update) -> Tensor:
+        return victim.objective(params, seen.buffers, batch)[0]
+
+    gradient: Update = torch.func.grad(loss)(seen.params)
+    unit = update_unit(seen)
+    return gradient if unit == 1 else {k: unit * g for k, g in gradient.items()}

@@ -1,0 +1,67 @@
+"""The clients of one round and their batches: the private side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gia_bench.data.source import Source
+from gia_bench.values import Batch, Truth
+
+CPU = torch.device("cpu")
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cohort:
+    """Who takes part in a round, and with which examples. Images are gathered chunk by chunk, so that a cohort's
+    size costs no memory.
+
+    clients: K client numbers; steps: per client, the example indices of each local step; num_examples: per client,
+    what its update stands for.
+    """
+
+    round_index: int
+    clients: tuple[int, ...]
+    steps: tuple[tuple[Tensor, ...], ...]
+    num_examples: tuple[int, ...]
+    source: Source
+    device: torch.device = CPU
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Cohort:
+        """The same cohort with batches made on ``device`` (Lightning calls this)."""
+        return dataclasses.replace(self, device=device)
+
+    @cached_property
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        """Per client, the number of examples in each local step."""
+        return tuple(tuple(len(s) for s in steps) for steps in self.steps)
+
+    def batch(self, members: Sequence[int]) -> Batch:
+        """The batches [k, S, B, ...] of some members (positions in the cohort), padded to the longest among them."""
+        num_steps = max(len(self.steps[m]) for m in members)
+        size = max(max(self.counts[m]) for m in members)
+        indices = torch.full((len(members), num_steps, size), -1)
+        for row, m in enumerate(members):
+            for s, step in enumerate(self.steps[m]):
+                indices[row, s, : len(step)] = step
+        flat = indices.clamp(min=0).flatten()
+        images = self.source.images(flat)
+        return Batch(
+            images.view(*indices.shape, *images.shape[1:]).to(self.device),
+            self.source.labels[flat].view(indices.shape).to(self.device),
+            (indices >= 0).float().to(self.device),
+        )
+
+    def truth(self, client: int | None) -> Truth:
+        """The distinct images behind one client's update, in the order of their first use; None: behind all updates."""
+        members = range(len(self.clients)) if client is None else [self.clients.index(client)]
+        used = [int(i) for m in members for step in self.steps[m] for i in step]
+        indices = torch.tensor(list(dict.fromkeys(used)))
+        return Truth(self.source.images(indices).to(self.device), self.source.labels[indices].to(self.device))

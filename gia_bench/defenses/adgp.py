@@ -1,0 +1,89 @@
+"""Aligned dual gradient pruning: all clients send the entries that one of them chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gia_bench.defenses.base import AskClient, Client, Defense
+from gia_bench.defenses.feedback import ErrorFeedback
+from gia_bench.defenses.selection import band, check_band, exact, on_support, restricted
+from gia_bench.errors import ConfigError, choices
+from gia_bench.values import Noise, Observation, Params, Shared, State, Update
+from gia_bench.wire import ALIGNED, Codec
+from gia_bench.wire.aligned import MASK
+
+LEADERS = ("first", "round_robin", "random")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ADGP(Defense):
+    """DGP with one mask a round for the whole cohort, so that only values travel and the mean is sparse too.
+
+    Of ADGP (Hu et al. 2022) only this is public: positions are aligned among clients, the download becomes sparse, and
+    a trusted broadcaster is needed. gia_bench choices: the broadcaster is a client of the round's cohort; its
+    mask is DGP's on its own update with its residual; every client, the leader too, has its own error feedback. The
+    server sees where the leader's middle ranks lie, and a fixed leader shows it each round.
+
+    k1, k2, scope: as in DGP; leader: a position in the round's cohort, "first" | "round_robin" (the round's number
+    modulo the cohort's size) | "random".
+    """
+
+    k1: float = 0.05
+    k2: float = 0.75
+    scope: str = "tensor"
+    leader: str = "first"
+    error_feedback: ErrorFeedback = field(default_factory=ErrorFeedback)
+
+    def __post_init__(self) -> None:
+        check_band("adgp", self.k1, self.k2, self.scope)
+        if self.leader not in LEADERS:
+            raise ConfigError(choices("defense adgp: leader", self.leader, LEADERS))
+
+    @property
+    def codec(self) -> Codec:
+        """Values only: everybody knows their positions."""
+        return ALIGNED
+
+    def init_client(self, like: Params) -> State:
+        """An empty residual."""
+        return self.error_feedback.initial(like)
+
+    def announce(
+        self,
+        like: Params,
+        server_state: State,
+        round_index: int,
+        num_clients: int,
+        draw: torch.Generator,
+        ask: AskClient,
+    ) -> Shared:
+        """``mask.<parameter>``: bool, the leader's selection."""
+        position = {
+            "first": 0,
+            "round_robin": round_index % num_clients,
+            "random": int(torch.randint(num_clients, (), generator=draw)),
+        }[self.leader]
+        update, state = ask(position)
+        mask = band(self.error_feedback.accumulated(update, state), exact(self.k1), exact(self.k2), self.scope)
+        return {MASK + name: kept for name, kept in mask.items()}
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """The announced entries of the update with its residual."""
+        return self.error_feedback.send(update, state, lambda full: {name: shared[MASK + name] for name in full})
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The dummy update on the announced mask; if that is hidden, where the observed update is not zero."""
+        if not observation.shared:
+            return on_support(update, observation.update)
+        return restricted(update, {name: observation.shared[MASK + name] for name in update})
+
+    def measure(self, state: State) -> dict[str, Tensor]:
+        """``residual_norm`` and ``never_sent_share``."""
+        return self.error_feedback.measure(state)

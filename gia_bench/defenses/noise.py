@@ -1,0 +1,97 @@
+"""Independent noise on every entry of the update, by standard deviation or variance.
+
+The papers say "noise of 1e-2" without saying which; both readings have a name here. No privacy budget is claimed:
+the update is not clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.checks import check
+from gia_bench.errors import ConfigError
+from gia_bench.values import Batch, Noise, Params, Shared, State, Update
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise(Defense):
+    """Adds N(0, sigma^2). Give exactly one of variance (sigma^2) and scale (sigma), in the update's units.
+
+    Compared with by Zhu et al. 2019 (DLG, section 5).
+    """
+
+    variance: float | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("gaussian_noise", self.variance, self.scale)
+
+    @property
+    def sigma(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.variance) if self.variance is not None else float(self.scale or 0)
+
+    def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
+        """Standard normal numbers, float32 on the CPU, by parameter name."""
+        return {name: torch.randn(param.shape, generator=generator) for name, param in like.items()}
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """The update plus sigma times the noise."""
+        return _noisy(update, noise, self.sigma), state
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LaplaceNoise(Defense):
+    """Adds Laplace(0, b). Give exactly one of variance (2 b^2) and scale (b), in the update's units.
+
+    Compared with by Zhu et al. 2019 (DLG, section 5).
+    """
+
+    variance: float | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("laplace_noise", self.variance, self.scale)
+
+    @property
+    def b(self) -> float:
+        """The Laplace distribution's scale."""
+        return math.sqrt(self.variance / 2) if self.variance is not None else float(self.scale or 0)
+
+    def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
+        """Laplace(0, 1) numbers, float32 on the CPU, by parameter name."""
+
+        def exponential(param: torch.Tensor) -> torch.Tensor:
+            return torch.empty(param.shape).exponential_(generator=generator)
+
+        # the difference of two exponentials; the inverse distribution function would give infinity at its border
+        return {name: exponential(param) - exponential(param) for name, param in like.items()}
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """The update plus b times the noise."""
+        return _noisy(update, noise, self.b), state
+
+
+def _noisy(update: Update, noise: Noise, scale: float) -> Update:
+    return {name: u + scale * noise[name].to(u.device, u.dtype) for name, u in update.items()}
+
+
+def _check(name: str, variance: float | None, scale: float | None) -> None:
+    if (variance is None) == (scale is None):
+        raise ConfigError(
+            f"defense {name}: give exactly one of variance and scale, got variance={variance} and scale={scale}; "
+            "set the other to null."
+        )
+    key, given = ("scale", scale) if variance is None else ("variance", variance)
+    check(f"defense {name}: {key}", given, lambda v: 0 <= v < math.inf, "be finite and at least 0")

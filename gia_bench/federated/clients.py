@@ -1,0 +1,90 @@
+"""The clients' side of a round: from the broadcast to protected updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+
+from gia_bench.data.cohort import Cohort
+from gia_bench.defenses.base import Client
+from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWork
+from gia_bench.federated.rules import Rules, Server
+from gia_bench.seeding import stream
+from gia_bench.values import Shared, State, Update
+
+
+@final
+class Clients:
+    """The members of a cohort in one round. Everything random is drawn here, outside ``vmap``.
+
+    asked: whether a member was asked for its update before the round, to lead it.
+    """
+
+    def __init__(self, rules: Rules, server: Server, states: Mapping[int, State], cohort: Cohort) -> None:
+        self.rules, self.server, self.states, self.cohort = rules, server, states, cohort
+        self.asked = False
+
+    def announce(self) -> Shared:
+        """What the defense tells all of them before they protect."""
+        cohort, server = self.cohort, self.server
+        generator = stream(self.rules.seed, "announce", cohort.round_index)
+        return self.rules.defense.announce(
+            server.params, server.defense, cohort.round_index, len(cohort.clients), generator, self.ask
+        )
+
+    def ask(self, member: int) -> tuple[Update, State]:
+        """One member's update before protection, computed alone."""
+        self.asked = True
+
+        def unprotected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
+            batch = self.rules.defense.transform(inputs.batch, inputs.noise)
+            result = self.rules.local.run(
+                self.rules.victim, self.rules.defense, self.server.params, inputs.buffers, batch, inputs.noise, counts,
+                self.cohort.round_index,
+            )  # fmt: skip
+            return ClientOutputs(result.update, result.buffers, inputs.state, result.loss)
+
+        outputs = self._map(unprotected, [member])
+        return {k: v[0] for k, v in outputs.sent.items()}, {k: v[0] for k, v in outputs.state.items()}
+
+    def run(self, chunk: Sequence[int], shared: Shared) -> ClientOutputs:
+        """A chunk's protected updates [k, ...]."""
+
+        def protected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
+            rules, params = self.rules, self.server.params
+            batch = rules.defense.transform(inputs.batch, inputs.noise)
+            update, buffers, loss = rules.local.run(
+                rules.victim,
+                rules.defense,
+                params,
+                inputs.buffers,
+                batch,
+                inputs.noise,
+                counts,
+                self.cohort.round_index,
+            )
+            client = Client(rules.victim, params, inputs.buffers, batch)
+            sent, state = rules.defense.protect(update, client, inputs.state, shared, inputs.noise)
+            return ClientOutputs(sent, buffers, state, loss)
+
+        return self._map(protected, chunk)
+
+    def _map(self, work: ClientWork, chunk: Sequence[int]) -> ClientOutputs:
+        cohort, params, defense, seed = self.cohort, self.server.params, self.rules.defense, self.rules.seed
+        batch = cohort.batch(chunk)
+        device = batch.inputs.device
+        states, noises = [], []
+        for row, member in enumerate(chunk):
+            client = cohort.clients[member]
+            states.append(self.states[client] if client in self.states else defense.init_client(params))
+            generator = stream(seed, "noise", cohort.round_index, client)
+            noises.append(defense.draw(params, type(batch)(*(t[row] for t in batch)), generator))
+        inputs = ClientInputs(
+            batch,
+            {k: v.expand(len(chunk), *v.shape) for k, v in self.server.buffers.items()},
+            {k: torch.stack([s[k].to(device) for s in states]) for k in states[0]},
+            {k: torch.stack([n[k].to(device) for n in noises]) for k in noises[0]},
+        )
+        return self.rules.executor.run(work, inputs, cohort, chunk)

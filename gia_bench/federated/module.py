@@ -1,0 +1,153 @@
+"""Lightning's view of a federation: one training step is one round."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from gia_bench.data.cohort import Cohort
+from gia_bench.federated.ranks import Ranks, current_ranks
+from gia_bench.federated.round import Round, play_round
+from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.schedule import Schedule
+from gia_bench.values import Buffers, Params, State, Transcript
+from gia_bench.wire import shared_bytes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundCost:
+    """Bytes of one client in one round (mean over the cohort), as packed and as a dense model would take; seconds of
+    the whole round on the server's clock."""
+
+    uplink_bytes: float
+    downlink_bytes: float
+    dense_uplink_bytes: float
+    dense_downlink_bytes: float
+    round_seconds: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundReport:
+    """What a training step tells the probes; ``transcript`` only where the round is observed."""
+
+    round_index: int
+    transcript: Transcript | None
+    cost: RoundCost
+    train_loss: float
+    dropped: tuple[int, ...]
+
+
+@final
+class FederatedModule(L.LightningModule):
+    """Holds the server's model, its optimizer and everybody's states; the numbers come from ``play_round``."""
+
+    def __init__(self, rules: Rules, schedule: Schedule, num_classes: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.rules, self.schedule = rules, schedule
+        self.network = rules.victim.module
+        self.round_index = 0
+        self.client_states: dict[int, State] = {}
+        self.server_state: State = rules.defense.init_server(self.params())
+        self.up_to_date: frozenset[int] = frozenset()
+        self.aggregate_bytes = 0
+        self.accuracy = MulticlassAccuracy(num_classes=num_classes, average="micro")
+        self._ranks: Ranks | None = None
+
+    def params(self) -> Params:
+        """The server's parameters, sharing memory with the optimizer's."""
+        return {k: p.detach() for k, p in self.network.named_parameters()}
+
+    def buffers_now(self) -> Buffers:
+        """The server's BatchNorm statistics."""
+        return {k: b.detach() for k, b in self.network.named_buffers()}
+
+    def configure_optimizers(self) -> Any:
+        return self.schedule.server.configure(self.network.parameters())
+
+    def on_fit_start(self) -> None:
+        self._ranks = current_ranks()
+        self.rules = dataclasses.replace(self.rules, victim=self.rules.victim.to(self.device))
+        self.server_state = {k: v.to(self.device) for k, v in self.server_state.items()}
+
+    def training_step(self, cohort: Cohort, batch_index: int) -> Mapping[str, Any]:
+        """One round; the aggregate becomes the gradient of the server's optimizer."""
+        started = time.perf_counter()
+        server = Server(self.params(), self.buffers_now(), self.server_state)
+        with torch.no_grad():
+            played = play_round(
+                self.rules, server, self.client_states, cohort, observed=self.observed(cohort), ranks=self._ranks
+            )
+        self._step(played)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        cost = self._cost(played, cohort, time.perf_counter() - started)
+        self.client_states |= played.states
+        self.up_to_date, self.aggregate_bytes = frozenset(cohort.clients), played.aggregate_bytes
+        self.round_index = cohort.round_index + 1
+        report = RoundReport(
+            round_index=cohort.round_index, transcript=played.transcript, cost=cost, train_loss=played.loss,
+            dropped=played.dropped,
+        )  # fmt: skip
+        return {"report": report}
+
+    def observed(self, cohort: Cohort) -> tuple[int, ...]:
+        """The clients whose updates are kept this round."""
+        due = cohort.round_index in self.schedule.attack_rounds
+        return cohort.clients[: self.schedule.attack_clients] if due else ()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Utility: accuracy on the test split."""
+        inputs, labels = batch
+        logits, _ = self.rules.victim.logits(self.params(), self.buffers_now(), inputs, training=False)
+        self.accuracy.update(logits, labels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["federation"] = {
+            "round_index": self.round_index,
+            "client_states": self.client_states,
+            "server_state": self.server_state,
+            "up_to_date": sorted(self.up_to_date),
+            "aggregate_bytes": self.aggregate_bytes,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["federation"]
+        self.round_index, self.aggregate_bytes = saved["round_index"], saved["aggregate_bytes"]
+        self.client_states, self.server_state = saved["client_states"], saved["server_state"]
+        self.up_to_date = frozenset(saved["up_to_date"])
+
+    def _step(self, played: Round) -> None:
+        for name, parameter in self.network.named_parameters():
+            parameter.grad = played.aggregate[name]
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(played.buffers[name])
+        self.server_state = played.server_state
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    def _cost(self, played: Round, cohort: Cohort, seconds: float) -> RoundCost:
+        """A client that played the round before holds the model and downloads only the aggregate; others, the model."""
+        buffers = sum(b.nbytes for b in self.buffers_now().values())
+        model = sum(p.nbytes for p in self.params().values())
+        current = sum(c in self.up_to_date for c in cohort.clients)
+        num_clients = len(cohort.clients)
+        announced = shared_bytes(played.shared)
+        down = (current * self.aggregate_bytes + (num_clients - current) * model) / num_clients
+        return RoundCost(
+            # the leader of a round sends its announcement up, everybody takes it down
+            uplink_bytes=sum(played.uplink_bytes.values()) / len(played.uplink_bytes)
+            + played.led * announced / num_clients,
+            downlink_bytes=down + buffers + announced,
+            dense_uplink_bytes=model + buffers,
+            dense_downlink_bytes=model + buffers,
+            round_seconds=seconds,
+        )

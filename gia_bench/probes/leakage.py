@@ -1,0 +1,88 @@
+"""Launches the attacks at their rounds and records what they rebuilt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+
+from gia_bench.attacks.base import Attack
+from gia_bench.data.cohort import Cohort
+from gia_bench.federated.module import FederatedModule, RoundReport
+from gia_bench.metrics import Metrics, Scores, evaluate
+from gia_bench.probes.recorder import Recorder
+from gia_bench.probes.snapshots import FileSnapshots
+from gia_bench.records.images import save_images
+from gia_bench.seeding import derive
+from gia_bench.threat import ThreatModel
+from gia_bench.values import Reconstruction, Transcript, Truth
+
+
+@final
+class LeakageProbe(L.Callback):
+    """At an observed round every attack gets all its victims at once; then each is measured against its truth.
+
+    folder: the run's; images: whether private images and reconstructions are kept there.
+    """
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        attacks: Mapping[str, Attack],
+        threat: ThreatModel,
+        metrics: Metrics,
+        folder: Path,
+        images: bool,
+        snapshot_every_seconds: float,
+    ) -> None:
+        self.recorder, self.attacks, self.threat, self.metrics = recorder, attacks, threat, metrics
+        self.folder, self.images, self.seconds = folder, images, snapshot_every_seconds
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, FederatedModule) and isinstance(batch, Cohort)
+        report: RoundReport = outputs["report"]
+        if report.transcript is not None and trainer.is_global_zero:
+            for name, attack in self.attacks.items():
+                self._attack(name, attack, report.transcript, batch, pl_module)
+            self.recorder.flush()
+
+    def _attack(
+        self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, module: FederatedModule
+    ) -> None:
+        rules, round_index = module.rules, transcript.round_index
+        targets: list[int | None] = [*transcript.updates] if self.threat.sees_clients else [None]
+        observations = [
+            self.threat.observe(transcript, cohort, client, local=rules.local, defense=rules.defense)
+            for client in targets
+        ]
+        seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in targets]
+        snapshots = FileSnapshots(self.folder / "snapshots", f"round{round_index:06d}_{name}_", self.seconds)
+        started = time.perf_counter()
+        rebuilt = attack.reconstruct_many(observations, rules.victim, seeds=seeds, snapshots=snapshots)
+        self.recorder.add("attack_seconds", time.perf_counter() - started, round=round_index, attack=name)
+        for client, reconstruction in zip(targets, rebuilt, strict=True):
+            truth = cohort.truth(client)
+            scores = evaluate(reconstruction, truth, self.metrics)
+            self._record(name, round_index, client, scores)
+            if self.images:
+                self._save(name, round_index, client, reconstruction, truth, scores)
+        snapshots.clear()
+
+    def _record(self, attack: str, round_index: int, client: int | None, scores: Scores) -> None:
+        for value in scores.values:
+            self.recorder.add(
+                value.metric, value.value, round=round_index, client=client, victim=value.victim, attack=attack,
+                status=value.status, reason=value.reason,
+            )  # fmt: skip
+
+    def _save(
+        self, attack: str, round_index: int, client: int | None, rebuilt: Reconstruction, truth: Truth, scores: Scores
+    ) -> None:
+        path = save_images(self.folder, round_index, client, attack, rebuilt, truth, scores)
+        self.recorder.mirror.show_images(path, round_index)

@@ -1,0 +1,174 @@
+"""A view of the records for people who look while a run goes on: W&B, CSV or nothing. Never the only copy."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, final
+
+from gia_bench.errors import ConfigError, choices
+from gia_bench.records.schema import Record
+
+MODES = ("offline", "online")
+
+
+class Mirror(Protocol):
+    """Shows what the record file already holds."""
+
+    def show(self, records: Sequence[Record]) -> None:
+        """Records that were just written."""
+        ...
+
+    def show_images(self, path: Path, round_index: int) -> None:
+        """A file of private images and reconstructions that was just written."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+@final
+class NoMirror:
+    """Shows nothing."""
+
+    def show(self, records: Sequence[Record]) -> None:
+        """Nothing."""
+
+    def show_images(self, path: Path, round_index: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@final
+class CsvMirror:
+    """Lightning's CSV logger: one row per round, a column per metric."""
+
+    def __init__(self, folder: Path) -> None:
+        from lightning.pytorch.loggers import CSVLogger
+
+        self.logger = CSVLogger(folder, name="csv", version="")
+
+    def show(self, records: Sequence[Record]) -> None:
+        """Medians over victims, by round."""
+        for step, values in _by_round(records).items():
+            self.logger.log_metrics({**values}, step=step)
+
+    def show_images(self, path: Path, round_index: int) -> None:
+        """A CSV file shows no images."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.logger.save()
+
+
+@final
+class WandbMirror:
+    """Weights & Biases through Lightning's logger: metrics, a table of all records of attacks, and image grids.
+
+    The logger is not handed to the Trainer, which would let a broken W&B end the training.
+    The first failure is told in a warning and ends the mirror; records.jsonl is complete without it.
+    """
+
+    def __init__(
+        self, folder: Path, run_id: str, config: dict[str, Any], mode: str, project: str, entity: str | None
+    ) -> None:
+        from lightning.pytorch.loggers import WandbLogger
+
+        self.logger: Any = WandbLogger(
+            project=project, entity=entity, name=run_id, save_dir=folder, offline=mode == "offline", config=config,
+            settings=_settings(),
+        )  # fmt: skip
+        self._attacked: list[Record] = []
+        self._broken = False
+
+    def show(self, records: Sequence[Record]) -> None:
+        """Medians over victims by round, and a growing table of what the attacks got."""
+        self._attacked += [r for r in records if r.attack is not None]
+        for step, values in _by_round(records).items():
+            self._try("log_metrics", values, step=step)
+        if any(r.attack is not None for r in records):
+            columns = ["round", "client", "victim", "attack", "metric", "value", "unit", "status", "reason"]
+            rows = [[getattr(r, c) for c in columns] for r in self._attacked]
+            self._try("log_table", key="leakage", columns=columns, data=rows)
+
+    def show_images(self, path: Path, round_index: int) -> None:
+        """Private images in the upper row, reconstructions in the lower one."""
+        from gia_bench.records.images import load_images
+
+        pair = load_images(path)
+        grid = [*pair.truth.permute(0, 2, 3, 1).numpy(), *pair.reconstruction.nan_to_num().permute(0, 2, 3, 1).numpy()]
+        names = [f"private {i}" for i in range(len(pair.truth))] + [
+            f"rebuilt {i}" for i in range(len(pair.reconstruction))
+        ]
+        self._try("log_image", key=f"images/{path.stem}", images=grid, caption=names)
+
+    def close(self) -> None:
+        """Let W&B finish its files."""
+        import wandb
+
+        self._guard(wandb.finish)
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._guard(lambda: getattr(self.logger, method)(*args, **kwargs))
+
+    def _guard(self, action: Any) -> None:
+        import wandb
+
+        if self._broken:
+            return
+        try:
+            action()
+        except (wandb.errors.Error, OSError, RuntimeError) as error:
+            self._broken = True
+            warnings.warn(f"W&B stopped ({error}); records.jsonl goes on without it.", UserWarning, stacklevel=2)
+
+
+def _settings() -> Any:
+    import wandb
+
+    return wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
+
+
+def _by_round(records: Sequence[Record]) -> dict[int, dict[str, float]]:
+    """Per round, ``metric`` or ``attack/metric`` -> the median over its records that have a value."""
+    values: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in records:
+        if r.value is not None and r.round is not None:
+            values[r.round][r.metric if r.attack is None else f"{r.attack}/{r.metric}"].append(r.value)
+    return {step: {name: median(v) for name, v in metrics.items()} for step, metrics in values.items()}
+
+
+class MirrorFactory(Protocol):
+    """Makes a mirror once the run's folder and configuration are known."""
+
+    def __call__(self, folder: Path, run_id: str, config: dict[str, Any]) -> Mirror: ...
+
+
+def no_logger() -> MirrorFactory:
+    """``logger=none``."""
+    return lambda folder, run_id, config: NoMirror()
+
+
+def csv_logger() -> MirrorFactory:
+    """``logger=csv``: a table under the run's folder."""
+    return lambda folder, run_id, config: CsvMirror(folder)
+
+
+def wandb_logger(mode: str, project: str, entity: str | None) -> MirrorFactory:
+    """``logger=wandb``; mode: "offline" or "online". Raises ``ConfigError`` where wandb is not installed."""
+    if mode not in MODES:
+        raise ConfigError(choices("logger.mode", mode, MODES))
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "logger=wandb needs the package wandb, which is not installed: pip install wandb, or take logger=csv or "
+            "logger=none."
+        ) from error
+    return lambda folder, run_id, config: WandbMirror(folder, run_id, config, mode, project, entity)

@@ -1,0 +1,60 @@
+"""The command ``gia-bench-report``: a table and pictures from finished runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import cast
+
+import hydra
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+
+from gia_bench.conf_path import CONF
+from gia_bench.records.runs import write_atomic
+from gia_bench.report.figures import FigureSpec
+from gia_bench.report.render import to_csv, to_markdown, to_rich
+from gia_bench.report.results import Results
+from gia_bench.report.tables import TableSpec, build
+
+
+def report(folders: list[Path], spec: TableSpec | None, figures: list[FigureSpec], output: Path) -> list[Path]:
+    """Print the table, write it as Markdown and CSV, draw the figures as PNG; the files written.
+
+    Raises ``MissingCellError`` with the command to run where the records do not fill a cell, ``StorageError`` where
+    there are no records or ``output`` cannot be written.
+    """
+    results = Results.load(folders)
+    files: dict[Path, bytes] = {}
+    if spec is not None:
+        table = build(spec, results)
+        Console().print(to_rich(table))
+        files[output / f"{spec.name}.md"] = to_markdown(table).encode()
+        files[output / f"{spec.name}.csv"] = to_csv(table).encode()
+    files |= {output / f"{figure.name}.png": _png(figure.draw(results)) for figure in figures}
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
+def _hydra_main(cfg: DictConfig) -> None:
+    made = instantiate(cfg, _convert_="all")
+    figures = cast("list[FigureSpec]", list((made["figure"] or {}).values()))
+    for path in report([Path(folder) for folder in made["runs"]], made["table"], figures, Path(made["output"])):
+        print(path)
+
+
+def main() -> None:
+    """The console script; a problem the user can mend is one sentence and exit status 1."""
+    from gia_bench.app import run_as_command
+
+    run_as_command(_hydra_main, "gia-bench-report")

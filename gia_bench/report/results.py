@@ -1,0 +1,128 @@
+"""Records of several runs as one table that knows what may be pooled."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import pandas as pd
+
+from gia_bench.errors import ConfigError, GiaBenchError, StorageError, choices
+from gia_bench.records.runs import Run, find_runs
+from gia_bench.records.schema import KEYS
+from gia_bench.records.store import read
+
+# what two runs of one condition may differ in
+_NEUTRAL = ("seed", "name", "paths", "trainer", "logger", "launcher", "force", "images", "metrics")
+
+
+class MissingCellError(GiaBenchError):
+    """A table or a figure lacks something. The sentence ends with the command that makes it."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Results:
+    """runs: by run id; frame: one row per record."""
+
+    runs: Mapping[str, Run]
+    frame: pd.DataFrame
+
+    @classmethod
+    def load(cls, folders: Path | Iterable[Path]) -> Results:
+        """Everything below ``folders``. Raises ``StorageError`` where nothing is, or where a run lies there twice."""
+        places = [folders] if isinstance(folders, Path) else list(folders)
+        found = find_runs(places)
+        runs: dict[str, Run] = {}
+        for run in found:
+            if run.run_id in runs:
+                raise StorageError(
+                    f"Run {run.run_id} lies in {runs[run.run_id].folder} and in {run.folder}: its records would count "
+                    "twice. Name one of them in runs=..."
+                )
+            runs[run.run_id] = run
+        frame = read([run.records for run in found if run.records.exists()])
+        if frame.empty:
+            raise StorageError(
+                f"There are no records in {', '.join(map(str, places))}. Start a run with gia-bench, or set runs=..."
+            )
+        return cls(runs, frame)
+
+    def where(self, filters: Mapping[str, Any], keys: Sequence[str] = ()) -> Results:
+        """The records that pass ``filters`` (key -> value or list of values), with a column for each of ``keys``.
+
+        A key is one of a record's or a dotted path into a run's config (``defense.k1``), nested or not. A record to
+        which a key does not apply (a test accuracy has no attack) passes. Raises ``ConfigError`` for an unknown key.
+        """
+        frame, wanted_by = self.frame, dict(_leaves(filters))
+        for key in dict.fromkeys([*keys, *wanted_by]):
+            if key not in frame.columns:
+                frame = frame.assign(**{key: frame["run_id"].map(self._setting(key))})
+        for key, wanted in wanted_by.items():
+            values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+            applies = frame[key].isin(values)
+            frame = frame[applies | frame[key].isna()] if key in KEYS else frame[applies]
+        return Results({run_id: self.runs[run_id] for run_id in frame["run_id"].unique()}, frame)
+
+    def differences(self, run_ids: Iterable[str], attack: str | None = None) -> dict[str, list[Any]]:
+        """Settings in which runs differ -> their values, but for the seed and what leaves numbers alone.
+
+        With ``attack``, the settings of other attacks do not count.
+        """
+        flat = [self._flat[run_id] for run_id in run_ids]
+        keys = dict.fromkeys(key for settings in flat for key in settings)
+        others = [k for k in keys if attack and k.startswith("attack.") and not k.startswith(f"attack.{attack}.")]
+        values = {key: list(dict.fromkeys(str(s.get(key)) for s in flat)) for key in keys if key not in others}
+        return {key: different for key, different in values.items() if len(different) > 1}
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Run id -> its defense, with the settings in which runs of this defense differ."""
+        defenses = self.frame.groupby("run_id")["defense"].first()
+        labels = {}
+        for defense, members in defenses.groupby(defenses):
+            differing = [key for key in self.differences(members.index) if not key.startswith("attack.")]
+            for run_id in members.index:
+                settings = [f"{key.removeprefix('defense.')}={self._flat[run_id].get(key)}" for key in differing]
+                labels[str(run_id)] = " ".join([str(defense), *settings])
+        return labels
+
+    def command(self, run_id: str, **changes: str) -> str:
+        """The command line that starts this run again with ``changes`` (group -> choice)."""
+        words = self.runs[run_id].status.get("overrides")
+        if words is None:
+            own = self.frame[self.frame["run_id"] == run_id]
+            words = [f"{key}={own[key].iloc[0]}" for key in ("dataset", "model", "fl", "threat", "defense", "seed")]
+            words.append(f"attack=[{','.join(own['attack'].dropna().unique())}]")
+        kept = [word for word in words if word.lstrip("+~").partition("=")[0].partition(".")[0] not in changes]
+        return shlex.join(["gia-bench", *kept, *(f"{key}={value}" for key, value in changes.items())])
+
+    def _setting(self, key: str) -> dict[str, Any]:
+        found = {run_id: _lookup(run.config, key) for run_id, run in self.runs.items()}
+        if all(value is None for value in found.values()):
+            raise ConfigError(choices("key", key, [*KEYS, "a setting such as defense.k1"]))
+        return {run_id: str(value) if isinstance(value, (list, dict)) else value for run_id, value in found.items()}
+
+    @cached_property
+    def _flat(self) -> dict[str, dict[str, Any]]:
+        configs = {
+            run_id: {k: v for k, v in run.config.items() if k not in _NEUTRAL} for run_id, run in self.runs.items()
+        }
+        return {run_id: dict(_leaves(config)) for run_id, config in configs.items()}
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _leaves(node: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        found += _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else [(f"{path}{key}", value)]
+    return found

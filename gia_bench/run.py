@@ -1,0 +1,112 @@
+"""One run from start to end: fresh, resumed, or skipped because it is finished."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
+
+from gia_bench.config import Experiment
+from gia_bench.errors import ConfigError, DataError, StorageError
+from gia_bench.federated.module import FederatedModule
+from gia_bench.probes.cost import CostProbe
+from gia_bench.probes.leakage import LeakageProbe
+from gia_bench.probes.recorder import Recorder
+from gia_bench.probes.utility import UtilityProbe
+from gia_bench.records.runs import write_config
+from gia_bench.records.store import RecordStore
+
+
+def prepare_folder(folder: Path, config: dict[str, Any], force: bool) -> None:
+    """An empty folder for a forced run, an existing one for a resumed run; raises ``StorageError`` if it cannot be."""
+    try:
+        if force and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)))
+    except OSError as error:
+        raise StorageError(
+            f"The output folder {folder} cannot be written: {error.strerror}. Set paths.outputs."
+        ) from error
+
+
+def train(experiment: Experiment) -> None:
+    """Play every round that is left, attack at the chosen ones, and record it all."""
+    run, schedule = experiment.run, experiment.schedule
+    mirror = experiment.mirror(run.folder, run.origin.run_id, dict(run.config))
+    store = RecordStore(run.folder / "records.jsonl")
+    recorder = Recorder(run.origin, store, mirror)
+    module = FederatedModule(experiment.rules, schedule, experiment.data.dataset.num_classes)
+    checkpoint = newest_checkpoint(run.folder)
+    if checkpoint is None:
+        store.truncate(0)  # what an earlier try wrote before its first checkpoint is written again
+    else:
+        experiment.data.start = _round_of(checkpoint)
+    trainer = _trainer(experiment, recorder)
+    try:
+        trainer.fit(module, datamodule=experiment.data, ckpt_path=checkpoint, weights_only=True)
+        if schedule.rounds % schedule.eval_every:
+            trainer.validate(module, datamodule=experiment.data, verbose=False, weights_only=True)
+        trainer.save_checkpoint(run.folder / "final.ckpt")
+    finally:
+        recorder.flush()
+        mirror.close()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest round, or None. Raises ``DataError`` if it cannot be read."""
+    found = sorted((folder / "checkpoints").glob("round*.ckpt"), key=_round_of)
+    if not found:
+        return None
+    try:
+        torch.load(found[-1], map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"The checkpoint {found[-1]} is corrupt ({type(error).__name__}); delete it to go on from an older one, or "
+            "start again with force=true."
+        ) from error
+    return found[-1]
+
+
+def _round_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("round"))
+
+
+def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
+    _quiet()
+    settings, schedule, folder = experiment.trainer, experiment.schedule, experiment.run.folder
+    leakage = LeakageProbe(
+        recorder=recorder, attacks=experiment.attacks, threat=experiment.threat, metrics=experiment.metrics,
+        folder=folder, images=experiment.images, snapshot_every_seconds=settings.snapshot_every_seconds,
+    )  # fmt: skip
+    # after a validation, and never between a round and its validation, which a resumed Trainer would leave out
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / "checkpoints", filename="round{step}", auto_insert_metric_name=False, save_top_k=1,
+        save_on_train_epoch_end=False, enable_version_counter=False,
+    )  # fmt: skip
+    try:
+        return L.Trainer(
+            accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy,
+            precision=cast(Any, settings.precision), max_steps=schedule.rounds, max_epochs=-1,
+            val_check_interval=schedule.eval_every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+            logger=False, inference_mode=False, enable_progress_bar=settings.progress_bar,
+            enable_model_summary=False, use_distributed_sampler=False,
+            callbacks=[CostProbe(recorder), UtilityProbe(recorder), leakage, recorder, checkpoints],
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer does not fit this machine: {' '.join(str(error).split())}") from error
+
+
+def _quiet() -> None:
+    """Lightning's greetings and its own deprecated calls are not news to the user."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)

@@ -1,0 +1,118 @@
+"""The values that travel from a client's images to a record, and nothing that acts on them.
+
+Shape letters: K clients, S local steps, B batch, V victims, T restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gia_bench.defenses.base import Defense
+    from gia_bench.federated.local import LocalWork
+
+Params: TypeAlias = dict[str, Tensor]
+"""Trainable tensors by name."""
+Buffers: TypeAlias = dict[str, Tensor]
+"""A model's untrained tensors by name (BatchNorm statistics)."""
+Update: TypeAlias = dict[str, Tensor]
+"""What a server step subtracts, by parameter name: the gradient (FedSGD), or server - client weights (FedAvg)."""
+Shared: TypeAlias = dict[str, Tensor]
+"""What a defense adds to the broadcast of a round, the same for all clients; empty for most."""
+State: TypeAlias = dict[str, Tensor]
+"""What a defense remembers between rounds, flat and by name, so that it can be stacked, stored and resumed."""
+Noise: TypeAlias = dict[str, Tensor]
+"""Every random number one client's defense uses in one round, drawn before the work starts."""
+
+
+class Batch(NamedTuple):
+    """Images, labels and which of them are real. A NamedTuple, because it crosses ``vmap``.
+
+    inputs: [..., B, C, H, W] float in [0, 1]; labels: [..., B] int64 classes, or [..., B, classes] probabilities;
+    mask: [..., B] float, 1 for an example and 0 for padding.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """What one client puts on the wire: tensors as packed, headers included."""
+
+    codec: str
+    tensors: tuple[Tensor, ...]
+    num_examples: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Measured on what was packed."""
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """What crossed the wire in one round. ``payloads``, ``updates`` and ``sent_buffers`` hold only observed clients.
+
+    params, buffers, shared: the broadcast; updates: decoded payloads by client; sent_buffers: the BatchNorm
+    statistics those clients sent back; aggregate: the weighted mean of all decoded updates; num_examples: of
+    all clients together.
+    """
+
+    round_index: int
+    params: Params
+    buffers: Buffers
+    shared: Shared
+    payloads: Mapping[int, Payload]
+    updates: Mapping[int, Update]
+    sent_buffers: Mapping[int, Buffers]
+    aggregate: Update
+    num_examples: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Observation:
+    """What an attacker holds about one update. ``None`` and empty mean: the threat model does not show it.
+
+    params, buffers: the model the client started from; update: by parameter name, as the server decoded it;
+    shared: the defense's announcement; labels: [B] int64; num_examples: B; local: the local work (FedAvg's steps
+    and learning rate); defense: its public hyperparameters, for attackers who know the defense; sent_buffers:
+    the statistics that the client sent back.
+    """
+
+    params: Params
+    update: Update
+    buffers: Buffers = field(default_factory=dict)
+    shared: Shared = field(default_factory=dict)
+    labels: Tensor | None = None
+    num_examples: int | None = None
+    local: LocalWork | None = None
+    defense: Defense | None = None
+    sent_buffers: Buffers | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reconstruction:
+    """What an attack believes the client's images were.
+
+    inputs: [B, C, H, W] in [0, 1] (not clamped); labels: [B] int64 or None; score: lower is better, computed from
+    what the attacker sees and never from the truth; failure: why there is nothing, or None.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    score: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The private images behind one observation: inputs [B, C, H, W] in [0, 1], labels [B] int64."""
+
+    inputs: Tensor
+    labels: Tensor

@@ -1,0 +1,21 @@
+"""Codecs: exact inverses between an update and what crosses the wire. Loss happens in ``protect``, never here."""
+
+from gia_bench.wire.aligned import ALIGNED, Aligned
+from gia_bench.wire.bits import bits_of, packed_bits, shared_bytes, unpacked_bits
+from gia_bench.wire.codec import Codec
+from gia_bench.wire.dense import DENSE, Dense
+from gia_bench.wire.sparse import SPARSE, Sparse
+
+__all__ = [
+    "ALIGNED",
+    "DENSE",
+    "SPARSE",
+    "Aligned",
+    "Codec",
+    "Dense",
+    "Sparse",
+    "bits_of",
+    "packed_bits",
+    "shared_bytes",
+    "unpacked_bits",
+]

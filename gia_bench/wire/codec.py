@@ -1,0 +1,55 @@
+"""What a codec is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gia_bench.errors import WireError
+from gia_bench.values import Params, Payload, Shared, Update
+
+
+class Codec(Protocol):
+    """``decode(encode(u)) == u`` bit for bit; bytes are those of the packed tensors.
+
+    The order of names in ``update`` and ``like`` does not matter: codecs pack in the order of the sorted names.
+    """
+
+    def encode(self, update: Update, shared: Shared, num_examples: int) -> Payload:
+        """Pack one client's update."""
+        ...
+
+    def decode(self, payload: Payload, like: Params, shared: Shared) -> Update:
+        """The update as it was; ``like`` gives names, shapes and dtypes."""
+        ...
+
+
+def concatenated(update: Update, names: list[str]) -> Tensor:
+    """The named tensors' entries in one row."""
+    return torch.cat([update[name].detach().reshape(-1) for name in names])
+
+
+def placed(values: Tensor, kept: Tensor, like: Params, names: list[str]) -> Update:
+    """``values`` at the places where ``kept`` is set in the row of the named tensors, zero elsewhere.
+
+    Raises ``WireError`` where there are not as many values as places.
+    """
+    places = int(kept.count_nonzero())
+    if places != values.numel():
+        raise WireError(
+            f"A payload holds {values.numel()} values for {places} places; decode it with the model and the mask "
+            "that it was encoded with."
+        )
+    row = torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
+    parts = row.split_with_sizes([like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def names_by_dtype(update: Update) -> dict[torch.dtype, list[str]]:
+    """Sorted names, grouped by the dtype of their tensors: a group is packed as one vector, with few operations."""
+    groups: dict[torch.dtype, list[str]] = {}
+    for name in sorted(update):
+        groups.setdefault(update[name].dtype, []).append(name)
+    return groups

@@ -1,0 +1,142 @@
+"""The matching loss and its gradient against plain loops of autograd, and against finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from attack_problems import Problem, double_backward_loss, problem
+from torch import Tensor, nn
+
+from gia_bench.attacks.distances import L1, Cosine, Distance, Euclidean, EuclideanMean, LayerCosine
+from gia_bench.attacks.group import Group
+from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
+from gia_bench.attacks.scene import Candidate, PixelSpace, Scene
+from gia_bench.models.functional import cross_entropy
+from gia_bench.values import Batch
+
+
+def group_of(p: Problem, *, joint: bool = False, max_batch: int | None = None) -> Group:
+    space = PixelSpace.of(p.victim, p.images)
+    labels = [None] * len(p.labels) if joint else list(p.labels)
+    priors = {"total_variation": TotalVariation(weight=0.1)}
+    return Group.of(p.observations, p.victim, labels, space, Cosine(), priors, max_batch)
+
+
+def guesses(p: Problem, restarts: int) -> Tensor:
+    V, *shape = p.images.shape
+    return torch.randn(V, restarts, *shape, generator=torch.Generator().manual_seed(7), dtype=p.images.dtype)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_gradient_equals_a_loop_of_double_backward_passes(norm: nn.Module | None, normalised: bool) -> None:
+    """In float64, with BatchNorm in training mode, and in normalised coordinates."""
+    p = problem(3, batch=2, norm=norm, normalised=normalised, dtype=torch.float64)
+    pixels = guesses(p, restarts=2)
+    loss, gradient = group_of(p).evaluate({"pixels": pixels})
+    for v, observation in enumerate(p.observations):
+        for t in range(2):
+            z = pixels[v, t].clone().requires_grad_()
+            images = z * 0.25 + 0.4 if normalised else z
+            expected = double_backward_loss(p.victim, observation, images, p.labels[v])
+            dx, dy = z[..., 1:] - z[..., :-1], z[..., 1:, :] - z[..., :-1, :]
+            expected = expected + 0.1 * (dx.abs().mean() + dy.abs().mean())
+            torch.testing.assert_close(loss[v, t], expected.detach(), rtol=1e-9, atol=1e-12)
+            expected_gradient = torch.autograd.grad(expected, z)[0]
+            torch.testing.assert_close(gradient["pixels"][v, t], expected_gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4)])
+def test_the_gradient_equals_finite_differences_for_pixels_and_joint_labels(norm: nn.Module | None) -> None:
+    p = problem(2, shape=(1, 4, 4), dtype=torch.float64, norm=norm)
+    group, pixels = group_of(p, joint=True), guesses(p, restarts=1)
+    variables = {"pixels": pixels, "labels": torch.randn(2, 1, 1, 4, dtype=torch.float64)}
+    _, gradient = group.evaluate(variables)
+    for name, value in variables.items():
+        for v in range(2):
+            for i in range(value[v].numel()):
+                values = []
+                for sign in (1, -1):
+                    moved = value.clone()
+                    moved[v].view(-1)[i] += sign * 1e-6
+                    values.append(group.evaluate({**variables, name: moved})[0][v, 0])
+                slope = (values[0] - values[1]) / 2e-6
+                torch.testing.assert_close(gradient[name][v].view(-1)[i], slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 100])
+def test_every_chunk_size_gives_the_same_losses_and_gradients(max_batch: int) -> None:
+    p = problem(3, dtype=torch.float64)
+    variables = {"pixels": guesses(p, restarts=2)}
+    whole, chunked = group_of(p).evaluate(variables), group_of(p, max_batch=max_batch).evaluate(variables)
+    torch.testing.assert_close(whole, chunked, rtol=1e-12, atol=1e-15)
+
+
+def test_candidates_that_are_not_wanted_leave_the_wanted_ones_unchanged() -> None:
+    p = problem(3, dtype=torch.float64)
+    variables = {"pixels": guesses(p, restarts=1)}
+    loss, gradient = group_of(p).evaluate(variables)
+    some, some_gradient = group_of(p).evaluate(variables, torch.tensor([[True], [False], [True]]))
+    torch.testing.assert_close(some[[0, 2]], loss[[0, 2]])
+    torch.testing.assert_close(some_gradient["pixels"][[0, 2]], gradient["pixels"][[0, 2]])
+    assert some[1] == torch.inf
+
+
+def test_client_and_attacker_call_one_loss_object() -> None:
+    calls = []
+
+    def counted(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(labels.dtype)
+        return cross_entropy(logits, labels)
+
+    p = problem(1)
+    victim = dataclasses.replace(p.victim, loss=counted)
+    o = p.observations[0]
+    victim.objective(o.params, o.buffers, Batch(p.images[0], p.labels[0], torch.ones(1)))
+    assert len(calls) == 1
+    inverting_gradients(steps=1).reconstruct(o, victim)
+    assert len(calls) > 1
+
+
+def test_distances_equal_their_formulas_on_one_long_vector() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = ({k: torch.randn(n, generator=draw) for k, n in (("w", 7), ("b", 3))} for _ in range(2))
+    x, y = torch.cat(list(a.values())).double(), torch.cat(list(b.values())).double()
+    cosine = torch.nn.functional.cosine_similarity
+    expected: dict[Distance, Tensor] = {
+        Euclidean(): ((x - y) ** 2).sum(),
+        EuclideanMean(): ((x - y) ** 2).mean(),
+        L1(): (x - y).abs().sum(),
+        Cosine(): 1 - cosine(x, y, dim=0),
+        LayerCosine(): 1 - (cosine(a["w"], b["w"], dim=0) + cosine(a["b"], b["b"], dim=0)) / 2,
+    }
+    for distance, value in expected.items():
+        torch.testing.assert_close(distance(a, b).double(), value.double(), rtol=1e-5, atol=1e-6)
+        assert distance(b, b).abs() < 1e-6
+
+
+@pytest.mark.parametrize("distance", [Cosine(), LayerCosine()])
+@pytest.mark.parametrize("zero", ["dummy", "observed"])
+def test_a_zero_update_has_a_finite_angle_and_a_finite_gradient(distance: Cosine | LayerCosine, zero: str) -> None:
+    dummy = torch.zeros(3) if zero == "dummy" else torch.ones(3)
+    observed = torch.zeros(3) if zero == "observed" else torch.ones(3)
+    gradient, value = torch.func.grad_and_value(lambda d: distance({"w": d}, {"w": observed}))(dummy)
+    assert value == 1
+    assert gradient.isfinite().all()
+
+
+def test_priors_equal_numpy_written_by_hand_in_both_scales_of_total_variation() -> None:
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    n = x.numpy().astype("float64")
+    candidate, scene = Candidate(x, x, torch.zeros(2)), Scene(problem(1).victim, problem(1).observations[0])
+    down = abs(n[:, :, 1:] - n[:, :, :-1])
+    right = abs(n[:, :, :, 1:] - n[:, :, :, :-1])
+    assert TotalVariation(weight=0.5)(candidate, scene).item() == pytest.approx(0.5 * (down.mean() + right.mean()))
+    # with zeros behind the borders, the last row and column count as differences, and every pixel has two
+    total = down.sum() + right.sum() + abs(n[:, :, -1]).sum() + abs(n[:, :, :, -1]).sum()
+    padded = PaddedTotalVariation(weight=0.5)(candidate, scene).item()
+    assert padded == pytest.approx(0.5 * (total / n.size + 2e-8), rel=1e-6)
+    assert Norm(weight=0.5)(candidate, scene).item() == pytest.approx(0.25 * (n**2).mean())

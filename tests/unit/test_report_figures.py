@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from made_runs import make_run
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+
+from gia_bench.conf_path import CONF
+from gia_bench.errors import ConfigError
+from gia_bench.report import app
+from gia_bench.report.figures import PrivacyUtility, ReconstructionGrid
+from gia_bench.report.results import MissingCellError, Results
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> Path:
+    make_run(tmp_path, "ra", attacks=("dlg", "ig"), rounds=(0, 9), images=True)
+    make_run(tmp_path, "rb", defense="dgp", attacks=("dlg", "ig"), rounds=(0, 9), images=True)
+    return tmp_path
+
+
+def _labels(figure: Figure) -> list[str]:
+    return [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+
+
+def test_the_grid_shows_the_private_images_once_and_below_them_every_reconstruction(two_runs: Path) -> None:
+    figure = ReconstructionGrid().draw(Results.load(two_runs))
+    block = ["none\ndlg", "none\nig", "dgp\ndlg", "dgp\nig"]
+    assert _labels(figure) == ["private\nround 0\nclient 3", *block, "private\nround 9\nclient 3", *block]
+    assert len(figure.axes) == 10 * 3
+    captions = [axes.get_xlabel() for axes in figure.axes]
+    assert captions[:3] == ["", "", ""]
+    assert all(caption.endswith(" dB") for caption in captions[3:15])
+
+
+def test_the_grid_shows_no_more_than_it_is_asked_for(two_runs: Path) -> None:
+    grid = ReconstructionGrid(victims=2, rounds=[9], filters={"attack": "ig", "defense": "dgp"})
+    figure = grid.draw(Results.load(two_runs))
+    assert _labels(figure) == ["private\nround 9\nclient 3", "dgp\nig"]
+    assert len(figure.axes) == 4
+
+
+def test_settings_tell_runs_of_one_defense_apart(tmp_path: Path) -> None:
+    for run_id, k1 in (("ra", 0.05), ("rb", 0.1)):
+        make_run(tmp_path, run_id, defense="dgp", settings={"k1": k1}, images=True)
+    figure = ReconstructionGrid().draw(Results.load(tmp_path))
+    assert _labels(figure)[1:] == ["dgp k1=0.05\ndlg", "dgp k1=0.1\ndlg"]
+
+
+def test_a_grid_without_images_names_the_command(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    with pytest.raises(MissingCellError, match="gia-bench images=true"):
+        ReconstructionGrid().draw(Results.load(tmp_path))
+
+
+def test_gray_images_keep_their_contrast(two_runs: Path) -> None:
+    figure = ReconstructionGrid().draw(Results.load(two_runs))
+    assert {axes.images[0].get_clim() for axes in figure.axes} == {(0.0, 1.0)}
+
+
+def test_a_point_is_the_strongest_attack_and_the_last_accuracy(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", attacks=("dlg", "ig"))
+    make_run(tmp_path, "rb", defense="dgp")
+    points = PrivacyUtility().points(Results.load(tmp_path))
+    assert set(points) == {"none", "dgp"}
+    assert points["none"] == pytest.approx((18.0, 0.9))
+    assert points["dgp"] == pytest.approx((8.0, 0.85))
+    figure = PrivacyUtility().draw(Results.load(tmp_path))
+    assert {text.get_text() for text in figure.axes[0].texts} == {"none", "dgp"}
+    assert "lower is more private" in figure.axes[0].get_xlabel()
+
+
+def test_a_defense_without_accuracy_names_the_command(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", leave_out=("test_accuracy",), overrides=["seed=0"])
+    with pytest.raises(
+        MissingCellError, match=r"none has no value of test_accuracy\. Run: gia-bench seed=0 force=true"
+    ):
+        PrivacyUtility().draw(Results.load(tmp_path))
+
+
+def test_figures_refuse_what_they_cannot_draw() -> None:
+    with pytest.raises(ConfigError, match="must be 1 or more"):
+        ReconstructionGrid(victims=0)
+    with pytest.raises(ConfigError, match="Choose one of"):
+        PrivacyUtility(metric="test_accuracy")
+
+
+def test_the_command_prints_the_table_and_writes_all_files(
+    two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gia-bench-report", f"paths.outputs={two_runs}", f"output={output}"])
+    monkeypatch.setenv("COLUMNS", "120")
+    app.main()
+    printed = capsys.readouterr().out
+    for word in ("none", "dgp", "[17.0, 19.0]", "90.0 %", "(10.0x less)", "images are too small", "leakage.csv"):
+        assert word in printed
+    assert sorted(path.name for path in output.iterdir()) == [
+        "leakage.csv", "leakage.md", "privacy_utility.png", "reconstructions.png",
+    ]  # fmt: skip
+    picture = imread(io.BytesIO((output / "reconstructions.png").read_bytes()), format="png")
+    assert np.ptp(picture) > 0.5
+
+
+def test_the_command_ends_with_a_sentence_and_not_with_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, "rb", defense="dgp")
+    monkeypatch.setattr(sys, "argv", ["gia-bench-report", f"paths.outputs={tmp_path}"])
+    with pytest.raises(SystemExit) as exit_:
+        app.main()
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "has no control with defense=none" in error
+    assert "defense=none" in error.splitlines()[-1]
+
+
+CONFIGS = [path for group in ("table", "figure", "metrics") for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_spells_all_fields_of_what_it_makes(path: Path) -> None:
+    config = OmegaConf.create({"paths": {"data": "/data"}, "part": OmegaConf.load(path)})
+    made = instantiate(config.part, _convert_="all")
+    assert {field.name for field in dataclasses.fields(made)} == set(config.part) - {"_target_"}
+
+
+def test_there_are_configs_of_every_kind() -> None:
+    assert {path.parent.name for path in CONFIGS} == {"table", "figure", "metrics"}
