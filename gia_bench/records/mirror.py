@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, final
@@ -71,53 +71,55 @@ class CsvMirror:
 class WandbMirror:
     """Weights & Biases through Lightning's logger: metrics, a table of all records of attacks, and image grids.
 
-    The logger is not handed to the Trainer, which would let a broken W&B end the training.
-    The first failure is told in a warning and ends the mirror; records.jsonl is complete without it.
+    The first failure is told in a warning and ends the mirror; records.jsonl is complete without it. For the same reason
+    the Trainer does not get the logger: a broken W&B would end the training.
     """
 
-    def __init__(
-        self, folder: Path, run_id: str, config: dict[str, Any], mode: str, project: str, entity: str | None
-    ) -> None:
-        from lightning.pytorch.loggers import WandbLogger
-
-        self.logger: Any = WandbLogger(
-            project=project, entity=entity, name=run_id, save_dir=folder, offline=mode == "offline", config=config,
-            settings=_settings(),
-        )  # fmt: skip
+    def __init__(self, **init: Any) -> None:
+        self._init = init
+        self._logger: Any = None
         self._attacked: list[Record] = []
         self._broken = False
 
     def show(self, records: Sequence[Record]) -> None:
         """Medians over victims by round, and a growing table of what the attacks got."""
-        self._attacked += [r for r in records if r.attack is not None]
+        new = [r for r in records if r.attack is not None]
+        self._attacked += new
         for step, values in _by_round(records).items():
-            self._try("log_metrics", values, step=step)
-        if any(r.attack is not None for r in records):
+            self._log("log_metrics", values, step=step)
+        if new:
             columns = ["round", "client", "victim", "attack", "metric", "value", "unit", "status", "reason"]
             rows = [[getattr(r, c) for c in columns] for r in self._attacked]
-            self._try("log_table", key="leakage", columns=columns, data=rows)
+            self._log("log_table", key="leakage", columns=columns, data=rows)
 
     def show_images(self, path: Path, round_index: int) -> None:
-        """Private images in the upper row, reconstructions in the lower one."""
+        """Private images, then reconstructions."""
         from gia_bench.records.images import load_images
 
         pair = load_images(path)
-        grid = [*pair.truth.permute(0, 2, 3, 1).numpy(), *pair.reconstruction.nan_to_num().permute(0, 2, 3, 1).numpy()]
-        names = [f"private {i}" for i in range(len(pair.truth))] + [
-            f"rebuilt {i}" for i in range(len(pair.reconstruction))
-        ]
-        self._try("log_image", key=f"images/{path.stem}", images=grid, caption=names)
+        both = {"private": pair.truth, "rebuilt": pair.reconstruction.nan_to_num()}
+        grid = [image for images in both.values() for image in images.permute(0, 2, 3, 1).numpy()]
+        names = [f"{name} {i}" for name, images in both.items() for i in range(len(images))]
+        self._log("log_image", key=f"images/{path.stem}", images=grid, caption=names)
 
     def close(self) -> None:
         """Let W&B finish its files."""
+        if self._logger is not None:
+            self._guard(self._logger.experiment.finish)
+
+    def _log(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._guard(lambda: getattr(self._started(), method)(*args, **kwargs))
+
+    def _started(self) -> Any:
         import wandb
+        from lightning.pytorch.loggers import WandbLogger
 
-        self._guard(wandb.finish)
+        if self._logger is None:
+            settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
+            self._logger = WandbLogger(experiment=wandb.init(settings=settings, **self._init))
+        return self._logger
 
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
-        self._guard(lambda: getattr(self.logger, method)(*args, **kwargs))
-
-    def _guard(self, action: Any) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         import wandb
 
         if self._broken:
@@ -127,12 +129,6 @@ class WandbMirror:
         except (wandb.errors.Error, OSError, RuntimeError) as error:
             self._broken = True
             warnings.warn(f"W&B stopped ({error}); records.jsonl goes on without it.", UserWarning, stacklevel=2)
-
-
-def _settings() -> Any:
-    import wandb
-
-    return wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=30)
 
 
 def _by_round(records: Sequence[Record]) -> dict[int, dict[str, float]]:
@@ -171,4 +167,6 @@ def wandb_logger(mode: str, project: str, entity: str | None) -> MirrorFactory:
             "logger=wandb needs the package wandb, which is not installed: pip install wandb, or take logger=csv or "
             "logger=none."
         ) from error
-    return lambda folder, run_id, config: WandbMirror(folder, run_id, config, mode, project, entity)
+    return lambda folder, run_id, config: WandbMirror(
+        project=project, entity=entity, name=run_id, id=run_id, dir=str(folder), mode=mode, config=config, resume="allow"
+    )
