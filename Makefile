@@ -10,7 +10,7 @@ STAMPS := $(VENV)/stamps
 
 demo: $(STAMPS)/run
 	$(BIN)/gia-bench -m experiment=demo defense=none,dgp
-	$(BIN)/gia-bench-report experiment=demo
+	$(BIN)/gia-bench-report 'runs=[outputs/demo]' output=outputs/demo/report
 
 test: lint types pytest
 

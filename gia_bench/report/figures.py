@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, final
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from gia_bench.errors import ConfigError, choices
@@ -54,31 +54,23 @@ class ReconstructionGrid:
             )
 
     def draw(self, results: Results) -> Figure:
-        """One block of rows per round and client."""
+        """A row of private images, then one row per defense and attack; rounds and clients stand side by side."""
         blocks = list(self._blocks(results.where(self.filters)))
         if not blocks:
             raise MissingCellError(
                 f"figure {self.name}: no run has saved images of these rounds. Run: gia-bench images=true "
                 "'attack=[inverting_gradients]' force=true"
             )
-        columns = min(self.victims, max(len(pair.truth) for block in blocks for pair in block.values()))
-        # a block is a row of private images, one row for each attack, and a gap
-        heights = [height for block in blocks for height in (1.0, *[1.0] * len(block), 0.25)][:-1]
-        label_inches = 0.07 * max(len(line) for block in blocks for label in block for line in label.split("\n"))
-        size = (0.4 + label_inches + 1.1 * columns, 0.2 + 1.25 * sum(heights))
+        labels = list(dict.fromkeys(label for block in blocks for label in block))
+        widths = [min(self.victims, max(len(pair.truth) for pair in block.values())) for block in blocks]
+        label_inches = 0.07 * max(len(line) for label in labels for line in label.split("\n"))
+        size = (0.4 + label_inches + 1.1 * sum(widths) + 0.3 * len(blocks), 0.5 + 1.25 * (1 + len(labels)))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
-        row = 0
-        for block in blocks:
-            first = next(iter(block.values()))
-            who = "all clients" if first.client is None else f"client {first.client}"
-            axes = [figure.add_subplot(grid[row, i]) for i in range(columns)]
-            _row(axes, f"private\nround {first.round}\n{who}", first.truth, [""] * columns)
-            for offset, (label, pair) in enumerate(block.items(), 1):
-                axes = [figure.add_subplot(grid[row + offset, i]) for i in range(columns)]
-                captions = [f"{value:.1f} dB" if np.isfinite(value) else "failed" for value in pair.psnr_db.tolist()]
-                _row(axes, label, pair.reconstruction, captions)
-            row += len(block) + 2
+        # the first block carries the rows' names
+        ratios = [w + (label_inches / 1.1 if i == 0 else 0.3) for i, w in enumerate(widths)]
+        parts = figure.subfigures(1, len(blocks), squeeze=False, width_ratios=ratios)[0]
+        for part, block, width in zip(parts, blocks, widths, strict=True):
+            _draw_block(part, block, width, labels, named=block is blocks[0])
         return figure
 
     def _blocks(self, results: Results) -> Iterator[_Block]:
@@ -159,14 +151,31 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return [i for i, (x, y) in enumerate(points) if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)]
 
 
+def _draw_block(part: SubFigure, block: _Block, width: int, labels: Sequence[str], *, named: bool) -> None:
+    """The images of one update; ``named``: whether the rows say what they are."""
+    first = next(iter(block.values()))
+    part.suptitle(
+        f"round {first.round}, {'all clients' if first.client is None else f'client {first.client}'}", fontsize=9
+    )
+    axes = part.subplots(1 + len(labels), width, squeeze=False)
+    _row(axes[0], "private" if named else "", first.truth, [""] * width)
+    for row, label in zip(axes[1:], labels, strict=True):
+        pair = block.get(label)
+        if pair is None:
+            _row(row, label if named else "", first.truth[:0], [])
+            continue
+        captions = [f"{value:.1f} dB" if np.isfinite(value) else "failed" for value in pair.psnr_db.tolist()]
+        _row(row, label if named else "", pair.reconstruction, captions)
+
+
 def _row(axes: Sequence[Axes], label: str, images: Tensor, captions: Sequence[str]) -> None:
     """``images``: [n, C, H, W] in [0, 1]; one with NaN is an empty frame."""
-    for axis in axes[len(images) :]:
-        axis.set_axis_off()
+    for axis in axes:
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, image, caption in zip(axes, images, captions, strict=False):
         pixels = image.movedim(0, -1).nan_to_num(1.0).numpy()
         # a gray image is drawn with fixed limits: matplotlib would stretch its contrast
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(True)
         axis.set_xlabel(caption, fontsize=8, labelpad=2)
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)

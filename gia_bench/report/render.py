@@ -43,9 +43,8 @@ def to_rich(table: Table) -> rich_table.Table:
     view = rich_table.Table(title=title, caption=below, caption_justify="left", box=box.SIMPLE_HEAD)
     view.pad_edge, view.collapse_padding = False, True
     for name in header:
-        view.add_column(
-            Text(name.replace(" ", "\n", 1)), justify="left" if name in table.spec.rows else "right", overflow="fold"
-        )
+        key = name in table.spec.rows  # the name of a row is never broken
+        view.add_column(Text(name.replace(" ", "\n", 1)), justify="left" if key else "right", no_wrap=key)
     for row in body:
         view.add_row(*(Text(cell.replace(" [", "\n[").replace("] n=", "]\nn=").replace(" (", "\n(")) for cell in row))
     return view
