@@ -53,6 +53,7 @@ def train(experiment: Experiment) -> None:
     trainer = _trainer(experiment, recorder)
     try:
         trainer.fit(module, datamodule=experiment.data, ckpt_path=checkpoint, weights_only=True)
+        module.round_index = schedule.rounds  # where other processes played them, this one did not count
         if schedule.rounds % schedule.eval_every:
             trainer.validate(module, datamodule=experiment.data, verbose=False, weights_only=True)
         trainer.save_checkpoint(run.folder / "final.ckpt")

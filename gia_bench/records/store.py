@@ -35,6 +35,10 @@ class RecordStore:
         except OSError as problem:
             raise self._error("cannot be opened for writing", problem) from problem
 
+    def __reduce__(self) -> tuple[type[RecordStore], tuple[Path]]:
+        """Another process opens the file itself."""
+        return RecordStore, (self.path,)
+
     @property
     def offset(self) -> int:
         """Bytes in the file."""

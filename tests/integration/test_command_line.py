@@ -163,6 +163,7 @@ def test_a_corrupt_checkpoint_of_a_run_is_named(tmp_path: Path) -> None:
 
 
 def fill_the_disk() -> None:
+    """From the second write of records on, the disk takes no more."""
     import errno
 
     from gia_bench.records import store
@@ -176,7 +177,21 @@ def fill_the_disk() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(handle, content)
 
-    store.os.write = full  # type: ignore[attr-defined]
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return full if name == "write" else getattr(os, name)
+
+    store.os = Os()  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_written_stays(tmp_path: Path) -> None:
+    done = gia_bench(tmp_path, *SMALL, "fl.attack_rounds=[0]", before=fill_the_disk)
+    assert done.status == 1
+    assert "No space left on device" in done.err
+    assert "Traceback" not in done.err
+    frame = records(tmp_path)
+    assert set(frame["round"]) == {0}
+    assert (frame.metric == "psnr_db").any()
 
 
 def test_no_wandb_is_needed_where_it_is_not_asked_for(tmp_path: Path) -> None:

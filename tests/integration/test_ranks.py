@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.distributed
+from command import SMALL, gia_bench
 
 from gia_bench.data.cohort import Cohort
 from gia_bench.data.source import InMemory
@@ -35,7 +38,7 @@ def one_round() -> Round:
     steps = [tuple(own[p] for p in local.schedule(len(own), 0, 0, c)) for c, own in enumerate(owned)]
     cohort = Cohort(round_index=0, clients=tuple(range(5)), steps=tuple(steps), num_examples=SIZES, source=source)
     victim = build_victim(
-        lambda shape, classes: convnet(shape, classes, width=2), input_shape=(1, 9, 9), num_classes=3, mean=(0.5,), std=(0.2,)
+        partial(convnet, width=2), input_shape=(1, 9, 9), num_classes=3, mean=(0.5,), std=(0.2,)
     )  # fmt: skip
     rules = Rules(victim=victim, defense=ADGP(), local=local, executor=Vmap(chunk_size=2), seed=0)
     return play_round(rules, Server(*victim.initial(), {}), {}, cohort, observed=(0, 3), ranks=current_ranks())
@@ -76,3 +79,15 @@ def test_two_ranks_play_the_round_of_one() -> None:
             torch.testing.assert_close(both["updates"], dict(alone.transcript.updates))
             assert both["uplink"] == alone.uplink_bytes
             assert abs(both["loss"] - alone.loss) < 1e-5
+
+
+def test_a_run_on_two_processes_records_what_one_process_records(tmp_path: Path) -> None:
+    settings = [*SMALL, "defense=dgp", "fl.rounds=4"]
+    frames = []
+    for name, more in (("one", []), ("two", ["trainer.devices=2", "trainer.strategy=ddp_spawn"])):
+        done = gia_bench(tmp_path / name, *settings, *more)
+        assert done.status == 0, done.err
+        [path] = (tmp_path / name).rglob("records.jsonl")
+        frame = pd.read_json(path, lines=True)
+        frames.append(frame[frame.unit != "s"].reset_index(drop=True))
+    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3)
