@@ -22,7 +22,7 @@ from gia_bench.config import build, identify
 from gia_bench.errors import GiaBenchError, IncompatibleError
 from gia_bench.records.provenance import versions
 from gia_bench.records.runs import read_status, write_status
-from gia_bench.run import prepare_folder, train
+from gia_bench.run import run_folder, train
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +34,27 @@ def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, s
     if read_status(run.folder) == "done" and not run.force:
         log.info("%s is finished already; force=true runs it again", label)
         return "done"
-    prepare_folder(run.folder, dict(run.config), run.force)
-    write_status(run.folder, "running", overrides=overrides)
-    try:
-        experiment = build(cfg, run)
-        data = experiment.data.dataset
-        write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
-        train(experiment)
-    except IncompatibleError as error:
-        write_status(run.folder, "skipped", str(error))
-        if not sweeping:
+    with run_folder(run.folder, dict(run.config), run.force):
+        write_status(run.folder, "running", overrides=overrides)
+        try:
+            experiment = build(cfg, run)
+            data = experiment.data.dataset
+            write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
+            train(experiment)
+        except IncompatibleError as error:
+            write_status(run.folder, "skipped", str(error))
+            if not sweeping:
+                raise
+            log.warning("%s is skipped: %s", label, error)
+            return "skipped"
+        except (KeyboardInterrupt, SystemExit):
+            write_status(run.folder, "failed", "interrupted; the same command goes on where it stopped")
             raise
-        log.warning("%s is skipped: %s", label, error)
-        return "skipped"
-    except BaseException as error:
-        write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
-        log.error("%s failed: %s", label, error)
-        raise
-    write_status(run.folder, "done")
+        except Exception as error:
+            write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
+            log.error("%s failed: %s", label, error)
+            raise
+        write_status(run.folder, "done")
     log.info("%s is done: %s", label, run.folder)
     return "done"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +23,30 @@ from gia_bench.probes.cost import CostProbe
 from gia_bench.probes.leakage import LeakageProbe
 from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.utility import UtilityProbe
-from gia_bench.records.runs import write_config
+from gia_bench.records.runs import LOCK, locked, write_config
 from gia_bench.records.store import RecordStore
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], force: bool) -> None:
-    """An empty folder for a forced run, an existing one for a resumed run; raises ``StorageError`` if it cannot be."""
+@contextmanager
+def run_folder(folder: Path, config: dict[str, Any], force: bool) -> Iterator[None]:
+    """The run's folder for this process alone: emptied for a forced run, as it is for a resumed one.
+
+    Raises ``StorageError`` where it cannot be written, or another process is at work in it.
+    """
     try:
-        if force and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)))
     except OSError as error:
         raise StorageError(
-            f"The output folder {folder} cannot be written: {error.strerror}. Set paths.outputs."
+            f"The output folder {folder} cannot be made ({error.strerror}). Choose another with paths.outputs=..."
         ) from error
+    with locked(folder):
+        for path in folder.iterdir() if force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        write_config(folder, OmegaConf.to_yaml(OmegaConf.create(config)))
+        yield
 
 
 def train(experiment: Experiment) -> None:

@@ -168,5 +168,12 @@ def wandb_logger(mode: str, project: str, entity: str | None) -> MirrorFactory:
             "logger=none."
         ) from error
     return lambda folder, run_id, config: WandbMirror(
-        project=project, entity=entity, name=run_id, id=run_id, dir=str(folder), mode=mode, config=config, resume="allow"
+        project=project,
+        entity=entity,
+        name=run_id,
+        id=run_id,
+        dir=str(folder),
+        mode=mode,
+        config=config,
+        resume="allow",
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 
 from gia_bench.errors import StorageError
 
+LOCK = ".lock"
 State: TypeAlias = Literal["running", "done", "failed", "skipped"]
 
 
@@ -60,6 +63,19 @@ def find_runs(folders: Path | Iterable[Path]) -> list[Run]:
             raise StorageError(f"{folder} is not a folder with runs. Start one with gia-bench, or set runs=...")
         found |= {path.parent for path in folder.rglob("status.json")}
     return [Run(path) for path in sorted(found)]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else works on this run meanwhile; a killed process lets go by itself. Raises ``StorageError``."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise StorageError(
+                f"{folder} is being written by another process. Wait for it, or set another seed, name or paths.outputs."
+            ) from problem
+        yield
 
 
 def write_config(folder: Path, text: str) -> None:

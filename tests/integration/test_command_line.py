@@ -194,6 +194,18 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_stays(tmp_path: Path) ->
     assert (frame.metric == "psnr_db").any()
 
 
+def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
+    from gia_bench.records.runs import locked
+
+    assert gia_bench(tmp_path, *SMALL).status == 0
+    [folder] = (tmp_path / "default").iterdir()
+    with locked(folder):
+        done = gia_bench(tmp_path, *SMALL, "force=true")
+    assert done.status == 1
+    assert "another process" in done.err
+    assert states(tmp_path)[folder.name]["state"] == "done"
+
+
 def test_no_wandb_is_needed_where_it_is_not_asked_for(tmp_path: Path) -> None:
     for logger in ("none", "csv"):
         done = gia_bench(tmp_path / logger, *SMALL, f"logger={logger}", before=hide_wandb)
