@@ -91,7 +91,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     ``DataError`` for absent or corrupt files.
     """
     defense: Defense = _make(cfg, "defense")
-    attacks: dict[str, Attack] = {name: _make(cfg, f"attack.{name}") for name in OmegaConf.select(cfg, "attack") or {}}
+    attacks: dict[str, Attack] = {name: _make(cfg, f"attack.{name}") for name in cfg.attack}
     threat: ThreatModel = _make(cfg, "threat")
     schedule: Schedule = _make(cfg, "fl")
     metrics: Metrics = _make(cfg, "metrics")

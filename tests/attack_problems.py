@@ -42,16 +42,20 @@ def problem(
     classes: int = 4,
     width: int = 4,
     norm: nn.Module | None = None,
+    module: nn.Module | None = None,
     normalised: bool = False,
     dtype: torch.dtype = torch.float32,
     **shown: Any,
 ) -> Problem:
-    """Victims that sent the gradient of ``batch`` smooth images each. ``shown``: more fields of the observations."""
+    """Victims that sent the gradient of ``batch`` smooth images each, and the statistics of their BatchNorm layers.
+
+    module: another network than ``sigmoid_net``; shown: more fields of the observations.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         C = shape[0]
         victim = Victim(
-            module=sigmoid_net(shape, classes, width, norm).to(dtype),
+            module=(module or sigmoid_net(shape, classes, width, norm)).to(dtype),
             input_shape=shape,
             num_classes=classes,
             mean=torch.full((C,), 0.4, dtype=dtype) if normalised else None,
@@ -65,7 +69,10 @@ def problem(
     def send(x: Tensor, y: Tensor) -> Observation:
         sent = Batch(x, y, torch.ones(batch, dtype=dtype))
         update = torch.func.grad(lambda p: victim.objective(p, buffers, sent)[0])(params)
-        return Observation(params=params, buffers=buffers, update=update, num_examples=batch, **shown)
+        own = victim.objective(params, buffers, sent)[1]
+        return Observation(
+            params=params, buffers=buffers, update=update, num_examples=batch, sent_buffers=own or None, **shown
+        )
 
     return Problem(victim, [send(x, y) for x, y in zip(images, labels, strict=True)], images, labels)
 

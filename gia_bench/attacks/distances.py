@@ -6,6 +6,7 @@ fewer tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias, final
@@ -69,6 +70,26 @@ class LayerCosine:
             for k in observed
         )
         return 1 - _sum(cosines) / len(observed)
+
+
+@final
+@dataclass(frozen=True)
+class Angular:
+    """The angle between the updates, all tensors as one vector, divided by pi; in [0, 1].
+
+    Read off the sum and the difference of the unit vectors: the arc cosine has no derivative where they agree.
+    """
+
+    def __call__(self, dummy: Update, observed: Update) -> Tensor:
+        tiny = torch.finfo(next(iter(observed.values())).dtype).tiny
+        a, b = ({k: u[k] / _norm(u[k] for k in observed) for k in observed} for u in (dummy, observed))
+        apart, together = (_sum((a[k] + s * b[k]).square().sum() for k in observed) for s in (-1, 1))
+        return torch.atan2(apart.clamp(min=tiny).sqrt(), together.clamp(min=tiny).sqrt()) * (2 / math.pi)
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    square = _sum(t.square().sum() for t in tensors)
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

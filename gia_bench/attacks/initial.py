@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
@@ -46,3 +47,38 @@ class Zeros:
 
     def __call__(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """The same number everywhere. All restarts are the same."""
+
+    value: float
+
+    def __call__(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        return torch.full(tuple(shape), self.value, dtype=dtype)
+
+
+RANDN = Randn()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Patterned:
+    """One square tile per image and channel, repeated over it (Wei et al. 2020, CPL). width: of the tile, in pixels;
+    tile: what it is drawn from. At the right and lower border the tiles are cut.
+    """
+
+    width: int = 16
+    tile: Initial = RANDN
+
+    def __post_init__(self) -> None:
+        check(self.width >= 1, "patterned.width", self.width, "at least 1")
+
+    def __call__(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        *images, H, W = shape
+        w = self.width
+        tile = self.tile((*images, w, w), generator, dtype)
+        repeats = (*[1] * len(images), math.ceil(H / w), math.ceil(W / w))
+        return tile.repeat(repeats)[..., :H, :W].contiguous()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import final
 
 import torch
@@ -12,11 +14,12 @@ from torch import Tensor
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Distance
+from gia_bench.attacks.forces import Course, Force
 from gia_bench.attacks.group import Group
-from gia_bench.attacks.initial import Initial
+from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.optimize import Progress, Search
-from gia_bench.attacks.optimizers import Optimizer, Variables
+from gia_bench.attacks.optimizers import Moment, Optimizer, Variables
 from gia_bench.attacks.priors import Prior
 from gia_bench.attacks.scene import PixelSpace
 from gia_bench.attacks.schedules import Constant, Schedule
@@ -32,10 +35,10 @@ from gia_bench.values import Observation, Reconstruction
 class GradientMatching(Attack):
     """Minimise distance(dummy update, observed update) + priors over images, for all victims and restarts at once.
 
-    distance, priors, optimizer, schedule, initial: the parts; labels: how labels are found (``labels.METHODS``);
-    steps, restarts: at least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss
-    falls below rests (None: never); max_batch: candidates evaluated at once, None for all (the same numbers, less
-    memory); snapshot_every: steps between two snapshots, and between two looks whether all candidates rest.
+    distance, priors, optimizer, forces, schedule, initial: the parts; labels: how labels are found, one of
+    ``labels.METHODS``; steps, restarts: at least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a
+    candidate whose loss falls below rests (None: never); max_batch: candidates evaluated at once, None for all (the
+    same numbers, less memory); snapshot_every: steps between two snapshots, and between two looks whether all rest.
 
     Every restart keeps its best iterate with that iterate's own loss; the restart with the lowest loss is returned. The
     loss is all that chooses: the truth is nowhere near. An update that was observed by an attacker who knows the
@@ -46,6 +49,7 @@ class GradientMatching(Attack):
     optimizer: Optimizer
     initial: Initial
     priors: Mapping[str, Prior] = field(default_factory=dict)
+    forces: Mapping[str, Force] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Constant)
     labels: str = "auto"
     steps: int
@@ -57,6 +61,7 @@ class GradientMatching(Attack):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priors", dict(self.priors))
+        object.__setattr__(self, "forces", dict(self.forces))
         for name in ("steps", "restarts", "snapshot_every"):
             check(getattr(self, name) >= 1, f"attack.{name}", getattr(self, name), "at least 1")
         check(self.max_batch is None or self.max_batch >= 1, "attack.max_batch", self.max_batch, "at least 1, or null")
@@ -66,7 +71,7 @@ class GradientMatching(Attack):
     @property
     def requires(self) -> Knowledge:
         shown = Knowledge.LABELS if self.labels == "known" else Knowledge.NONE
-        return Knowledge.NUM_EXAMPLES | shown
+        return reduce(or_, (prior.requires for prior in self.priors.values()), Knowledge.NUM_EXAMPLES | shown)
 
     @property
     def max_examples(self) -> int | None:
@@ -83,6 +88,10 @@ class GradientMatching(Attack):
         alike: dict[Hashable, list[int]] = {}
         for i, observation in enumerate(observations):
             _check(observation, victim)
+            for name, prior in self.priors.items():
+                refusal = prior.refusal(observation, victim)
+                if refusal is not None:
+                    raise IncompatibleError(f"priors.{name}: {refusal}")
             alike.setdefault(_kind(observation), []).append(i)
         found: dict[int, Reconstruction] = {}
         for members in alike.values():
@@ -99,6 +108,7 @@ class GradientMatching(Attack):
         group = Group.of(observations, victim, labels, space, self.distance, self.priors, self.max_batch)
         search = Search(
             evaluate=group.evaluate,
+            push=self._push(seeds) if self.forces else None,
             optimizer=self.optimizer,
             schedule=self.schedule,
             clamp=lambda v: {**v, "pixels": space.clamp(v["pixels"])} if self.boxed else v,
@@ -118,13 +128,21 @@ class GradientMatching(Attack):
         """First guesses from the streams of each victim and restart, so that neither batch nor chunk matters."""
         B = observation.num_examples or 0
 
-        def guess(name: str, *shape: int) -> Tensor:
+        def guess(name: str, initial: Initial, *shape: int) -> Tensor:
             streams = [[stream(seed, name, t) for t in range(self.restarts)] for seed in seeds]
-            rows = [torch.stack([self.initial(shape, s, like.dtype) for s in row]) for row in streams]
+            rows = [torch.stack([initial(shape, s, like.dtype) for s in row]) for row in streams]
             return torch.stack(rows).to(like.device)
 
-        start = {"pixels": guess("initial", B, *victim.input_shape)}
-        return start | {"labels": guess("initial_labels", B, victim.num_classes)} if joint else start
+        start = {"pixels": guess("initial", self.initial, B, *victim.input_shape)}
+        # an image that all restarts start from must not make them start from one guess of the labels too
+        return start | {"labels": guess("initial_labels", Randn(), B, victim.num_classes)} if joint else start
+
+    def _push(self, seeds: Sequence[int]) -> Callable[[Tensor, Moment], Tensor]:
+        def push(pixels: Tensor, moment: Moment) -> Tensor:
+            course = Course(moment, self.optimizer.lr * moment.rate, seeds)
+            return torch.stack([force(pixels, course) for force in self.forces.values()]).sum(0)
+
+        return push
 
     def _best_restart(
         self, end: Progress, v: int, observation: Observation, labels: Tensor | None, space: PixelSpace

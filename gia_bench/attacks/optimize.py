@@ -63,11 +63,13 @@ class Progress:
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Search:
-    """One search. clamp: applied to the variables after each step; stop_below: a candidate whose loss falls below stays
-    as it is (None: never); snapshot_every: steps between two looks from the host.
+    """One search. push: what is added to the gradient of the pixels, asked once a step (None: nothing); clamp: applied
+    to the variables after each step; stop_below: a candidate whose loss falls below stays as it is (None: never);
+    snapshot_every: steps between two looks from the host.
     """
 
     evaluate: Evaluate
+    push: Callable[[Tensor, Moment], Tensor] | None
     optimizer: Optimizer
     schedule: Schedule
     clamp: Callable[[Variables], Variables]
@@ -103,9 +105,11 @@ class Search:
 
     def _advance(self, now: Progress) -> Progress:
         moment, moving = Moment(now.step, self.steps, self.schedule(now.step, self.steps)), ~now.frozen
+        push = None if self.push is None else self.push(now.variables["pixels"], moment)
 
         def evaluate(variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
-            return self.evaluate(variables, moving if wanted is None else moving & wanted)
+            loss, gradient = self.evaluate(variables, moving if wanted is None else moving & wanted)
+            return loss, gradient if push is None else {**gradient, "pixels": gradient["pixels"] + push}
 
         move = self.optimizer.step(now.variables, now.optimizer, evaluate, moment)
         now = _keep_best(now, move.loss)

@@ -53,6 +53,11 @@ class Move(NamedTuple):
 class Optimizer(ABC):
     """Hyperparameters are fields; the state is an argument and a return value, flat and by name."""
 
+    @property
+    @abstractmethod
+    def lr(self) -> float:
+        """The learning rate, before the schedule."""
+
     @abstractmethod
     def init(self, variables: Variables) -> State:
         """The state before the first step."""

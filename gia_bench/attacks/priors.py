@@ -13,10 +13,22 @@ from torch import Tensor, nn
 
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.scene import Candidate, Scene
+from gia_bench.models.functional import Victim
+from gia_bench.threat import Knowledge
+from gia_bench.values import Observation
 
 
 class Prior(ABC):
     """A penalty on one candidate: a scalar that is added to the distance."""
+
+    @property
+    def requires(self) -> Knowledge:
+        """What the observation must show beside what every attack needs."""
+        return Knowledge.NONE
+
+    def refusal(self, observation: Observation, victim: Victim) -> str | None:
+        """Why this prior cannot use the observation, and what to do; or None."""
+        return None
 
     @abstractmethod
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, final
@@ -40,3 +41,22 @@ class StepDecay:
 
     def __call__(self, step: int, steps: int) -> float:
         return float(self.factor ** sum(step >= int(m * steps) for m in self.milestones))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CosineWarmup:
+    """Up in a straight line for ``warmup`` steps, then half a cosine down to 0 (Yin et al. 2021, GradInversion).
+
+    The first step has 1 / warmup of the learning rate, and the step after the last one would have 0.
+    """
+
+    warmup: int = 50
+
+    def __post_init__(self) -> None:
+        check(self.warmup >= 0, "cosine_warmup.warmup", self.warmup, "at least 0")
+
+    def __call__(self, step: int, steps: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return (1 + math.cos(math.pi * (step - self.warmup) / (steps - self.warmup))) / 2

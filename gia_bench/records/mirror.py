@@ -71,8 +71,8 @@ class CsvMirror:
 class WandbMirror:
     """Weights & Biases through Lightning's logger: metrics, a table of all records of attacks, and image grids.
 
-    The first failure is told in a warning and ends the mirror; records.jsonl is complete without it. For the same reason
-    the Trainer does not get the logger: a broken W&B would end the training.
+    The first failure is told in a warning and ends the mirror; records.jsonl is complete without it. For that
+    reason the Trainer does not get the logger: a broken W&B would end the training.
     """
 
     def __init__(self, **init: Any) -> None:

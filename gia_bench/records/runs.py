@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as problem:
             raise StorageError(
-                f"{folder} is being written by another process. Wait for it, or set another seed, name or paths.outputs."
+                f"{folder} is being written by another process. Wait for it, or set another seed or name."
             ) from problem
         yield
 

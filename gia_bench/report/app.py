@@ -49,7 +49,7 @@ def _png(figure: Figure) -> bytes:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
 def _hydra_main(cfg: DictConfig) -> None:
     made = instantiate(cfg, _convert_="all")
-    figures = cast("list[FigureSpec]", list((made["figure"] or {}).values()))
+    figures = cast("list[FigureSpec]", list(made["figure"].values()))
     for path in report([Path(folder) for folder in made["runs"]], made["table"], figures, Path(made["output"])):
         print(path)
 

@@ -4,6 +4,8 @@ from gia_bench.wire.aligned import ALIGNED, Aligned
 from gia_bench.wire.bits import bits_of, packed_bits, shared_bytes, unpacked_bits
 from gia_bench.wire.codec import Codec
 from gia_bench.wire.dense import DENSE, Dense
+from gia_bench.wire.narrow import Narrow, Packing
+from gia_bench.wire.packings import Cast, Codes, Signs
 from gia_bench.wire.sparse import SPARSE, Sparse
 
 __all__ = [
@@ -11,8 +13,13 @@ __all__ = [
     "DENSE",
     "SPARSE",
     "Aligned",
+    "Cast",
     "Codec",
+    "Codes",
     "Dense",
+    "Narrow",
+    "Packing",
+    "Signs",
     "Sparse",
     "bits_of",
     "packed_bits",

@@ -23,7 +23,9 @@ CLIENTS, STEPS, EXAMPLES = 3, 1, 2
 
 def composed(name: str, *overrides: str) -> Defense:
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        defense: Defense = instantiate(hydra.compose(overrides=[f"+defense={name}", *overrides]).defense)
+        defense: Defense = instantiate(
+            hydra.compose(overrides=[f"+defense={name}", *overrides]).defense, _convert_="all"
+        )
     return defense
 
 

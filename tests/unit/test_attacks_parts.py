@@ -9,17 +9,23 @@ import torch
 from attack_problems import problem, psnr_db
 from torch import nn
 
+from gia_bench.attacks.analytic import Analytic
+from gia_bench.attacks.batch_norm import ExactStatistics, RunningStatistics
+from gia_bench.attacks.distances import Cosine, LayerCosine
 from gia_bench.attacks.dlg import dlg
+from gia_bench.attacks.forces import GroupConsistency, Langevin
 from gia_bench.attacks.idlg import idlg
-from gia_bench.attacks.initial import Randn, Uniform, Zeros
+from gia_bench.attacks.initial import Filled, Initial, Patterned, Randn, Uniform, Zeros
 from gia_bench.attacks.inverting_gradients import inverting_gradients
-from gia_bench.attacks.labels import METHODS, bias_corrected
-from gia_bench.attacks.labels import idlg as idlg_label
+from gia_bench.attacks.label_inference import bias_corrected
+from gia_bench.attacks.label_inference import idlg as idlg_label
+from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam
 from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
-from gia_bench.attacks.schedules import Constant, StepDecay
+from gia_bench.attacks.schedules import Constant, CosineWarmup, StepDecay
+from gia_bench.attacks.wrapped import Layers, Masked, Scaled, Weighted
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
@@ -89,11 +95,44 @@ def test_step_decay_falls_at_three_five_and_seven_eighths() -> None:
     assert Constant()(5, 10) == 1
 
 
+def test_cosine_with_warm_up_rises_in_a_line_and_falls_to_nothing() -> None:
+    rates = [CosineWarmup(warmup=4)(step, 104) for step in (0, 1, 2, 3, 4, 54, 103)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.5, 0], abs=3e-4)
+    assert CosineWarmup(warmup=4)(3, 4) == 1
+    plain = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10)
+    for step in range(10):
+        assert CosineWarmup(warmup=0)(step, 10) == pytest.approx(plain.get_last_lr()[0])
+        plain.optimizer.step()
+        plain.step()
+
+
+def test_a_pattern_repeats_one_tile_of_its_own_for_every_image_and_channel() -> None:
+    image = Patterned(width=4, tile=Uniform())((2, 3, 10, 9), stream(0, "initial"), torch.float64)
+    assert image.shape == (2, 3, 10, 9)
+    tile = image[..., :4, :4]
+    for y in range(10):
+        for x in range(9):
+            assert torch.equal(image[..., y, x], tile[..., y % 4, x % 4])
+    assert len(set(tile.flatten().tolist())) == tile.numel()
+    larger = Patterned(width=16)((1, 1, 5, 5), stream(0, "initial"), torch.float64)
+    assert len(set(larger.flatten().tolist())) == 25
+
+
+def test_a_filled_start_is_one_number_and_does_not_fill_the_labels_that_are_searched() -> None:
+    p = problem(1)
+    attack = dlg(steps=1, initial=Filled(value=0.25), optimizer=Adam(lr=1e-20))
+    found = [attack.reconstruct(p.observations[0], p.victim, seed=seed) for seed in range(3)]
+    for r in found:
+        torch.testing.assert_close(r.inputs, torch.full_like(r.inputs, 0.25))
+    assert len({r.score for r in found}) == 3, "the same image, with other labels each time"
+
+
 def test_initial_guesses_come_from_their_stream_and_have_their_range() -> None:
-    for initial in (Randn(), Uniform(low=-1, high=2), Zeros()):
+    drawn: list[Initial] = [Randn(), Uniform(low=-1, high=2), Patterned(width=4), Zeros(), Filled(value=0.5)]
+    for initial in drawn:
         draws = [initial((4, 50), stream(0, "initial", t), torch.float32) for t in (0, 0, 1)]
         assert torch.equal(draws[0], draws[1])
-        assert torch.equal(draws[0], draws[2]) == isinstance(initial, Zeros)
+        assert torch.equal(draws[0], draws[2]) == isinstance(initial, Zeros | Filled)
     uniform = Uniform(low=-1, high=2)((1000,), stream(0, "u"), torch.float64)
     assert -1 <= uniform.min() < -0.9
     assert 1.9 < uniform.max() < 2
@@ -106,7 +145,7 @@ def test_initial_guesses_come_from_their_stream_and_have_their_range() -> None:
         (lambda: dlg(restarts=0), "attack.restarts=0"),
         (lambda: dlg(max_batch=0), "attack.max_batch=0: give at least 1, or null"),
         (lambda: dlg(snapshot_every=0), "attack.snapshot_every=0"),
-        (lambda: dlg(labels="guess"), "Choose one of: auto, bias_corrected, idlg, joint, known"),
+        (lambda: dlg(labels="guess"), "Choose one of: auto, bias_corrected, bias_gradient, gradinversion, idlg, ilrg"),
         (lambda: Adam(lr=0), "adam.lr=0: give a number above 0"),
         (lambda: Adam(beta1=1), "adam.beta1=1"),
         (lambda: Adam(beta2=-1), "adam.beta2=-1"),
@@ -122,6 +161,19 @@ def test_initial_guesses_come_from_their_stream_and_have_their_range() -> None:
         (lambda: Uniform(low=1, high=1), "uniform.low=1"),
         (lambda: StepDecay(milestones=(0.5, 1.0)), "milestones"),
         (lambda: StepDecay(factor=0), "factor=0"),
+        (lambda: CosineWarmup(warmup=-1), "cosine_warmup.warmup=-1"),
+        (lambda: Patterned(width=0), "patterned.width=0"),
+        (lambda: Langevin(scale=-1), "langevin.scale=-1"),
+        (lambda: GroupConsistency(weight=-1), "group_consistency.weight=-1"),
+        (lambda: GroupConsistency(weight=1, start=-1), "group_consistency.start=-1"),
+        (lambda: RunningStatistics(weight=-1), "batch_norm.weight=-1"),
+        (lambda: ExactStatistics(weight=1, first=-1), "batch_norm.first=-1"),
+        (lambda: Masked(distance=Cosine(), threshold=-1), "masked.threshold=-1"),
+        (lambda: Scaled(distance=Cosine(), factor=0), "scaled.factor=0"),
+        (lambda: Layers(distance=Cosine(), layers="last"), "Choose one of: all, all_but_last, all_conv, fc"),
+        (lambda: Weighted(distance=Cosine(), weights="none"), "Choose one of: exp, linear"),
+        (lambda: Weighted(distance=LayerCosine()), "give a distance that has lengths"),
+        (lambda: Analytic(labels="joint"), "Choose one of: auto, bias_corrected"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_what_to_give(make: object, sentence: str) -> None:
@@ -159,6 +211,7 @@ def test_a_part_of_the_update_is_enough_to_match() -> None:
 
 def test_every_label_method_can_be_chosen_and_idlg_is_the_row_with_the_smallest_sum() -> None:
     p = problem(1)
-    assert set(METHODS) == {"auto", "known", "idlg", "bias_corrected", "joint"}
+    inferred = {"idlg", "bias_gradient", "bias_corrected", "llg", "ilrg", "gradinversion"}
+    assert set(METHODS) == {"auto", "known", "joint"} | inferred
     rows = p.observations[0].update["5.weight"].sum(1)
     assert idlg_label(p.observations[0], p.victim).item() == min(range(4), key=lambda c: float(rows[c]))

@@ -1,0 +1,189 @@
+"""Several defenses, one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense
+from gia_bench.defenses.clip import ClipUpdate
+from gia_bench.defenses.dp_sgd import DPSGD
+from gia_bench.defenses.none import NoDefense
+from gia_bench.errors import ConfigError
+from gia_bench.seeding import stream
+from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Payload, Shared, State, Update
+from gia_bench.wire import ALIGNED, DENSE, Codec
+
+KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD)
+"""Of the defenses that pack densely: those that send zero where they are given zero."""
+
+Values = TypeVar("Values", Shared, State, Noise)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chain(Defense):
+    """``stages`` in their order on the client, in reverse on the server. Their names only appear in messages.
+
+    Each stage sees its own state, noise and announcement; in the chain's they carry the stage's position:
+    ``0.residual.<parameter>``. A stage's random numbers do not depend on those of the stages before it, and the first
+    stage draws what it would draw alone. What several stages measure under one name is the last one's.
+
+    Raises ``ConfigError`` for no stage at all, for an announcing stage (ADGP) that is not the first (its leader is
+    asked for the update before any protection), for two stages that both compute the gradient (DP-SGD), and where a
+    stage after an aligned one could write off the announced mask.
+    """
+
+    stages: Mapping[str, Defense]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", dict(self.stages))
+        names, stages = list(self.stages), self.parts
+        if not stages:
+            raise ConfigError("defense chain: stages is empty; name at least one, or use defense=none.")
+        announcing = [n for n, s in zip(names, stages, strict=True) if type(s).announce is not Defense.announce]
+        if announcing and announcing != names[:1]:
+            raise ConfigError(
+                f"defense chain: {announcing[-1]} announces what its leader would send without protection, so it must "
+                f"be the only announcing stage and the first, but the order is {', '.join(names)}; put it first."
+            )
+        computing = [n for n, s in zip(names, stages, strict=True) if type(s).gradient is not Defense.gradient]
+        if len(computing) > 1:
+            raise ConfigError(f"defense chain: {' and '.join(computing)} both compute the gradient; keep one of them.")
+        packing = self._packing
+        for name, stage in list(self.stages.items())[packing + 1 :]:
+            if stages[packing].codec is ALIGNED and not isinstance(stage, KEEP_ZEROS):
+                raise ConfigError(
+                    f"defense chain: {name} comes after {names[packing]} and would write off its announced mask, where "
+                    "nothing can travel; put a defense without an announced mask there (dgp instead of adgp)."
+                )
+
+    @property
+    def parts(self) -> tuple[Defense, ...]:
+        """The stages without their names."""
+        return tuple(self.stages.values())
+
+    @property
+    def codec(self) -> Codec:
+        """The last stage's that packs otherwise than densely: its update is what later stages still shape.
+
+        Sparse and narrow codecs lose nothing whatever comes after them, they only save less: after noise, nothing.
+        """
+        return _Within(self._packing, self.parts[self._packing].codec)
+
+    @property
+    def _packing(self) -> int:
+        return max((i for i, s in enumerate(self.parts) if s.codec is not DENSE), default=0)
+
+    def init_client(self, like: Params) -> State:
+        """All stages' states."""
+        return _together([s.init_client(like) for s in self.parts])
+
+    def init_server(self, like: Params) -> State:
+        """All stages' states."""
+        return _together([s.init_server(like) for s in self.parts])
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Changed by all stages in order."""
+        for stage in self.parts:
+            model = stage.prepare_model(model)
+        return model
+
+    def announce(
+        self,
+        like: Params,
+        server_state: State,
+        round_index: int,
+        num_clients: int,
+        draw: torch.Generator,
+        ask: AskClient,
+    ) -> Shared:
+        """The first stage's announcement; no other one has any."""
+
+        def ask_first(position: int) -> tuple[Update, State]:
+            update, state = ask(position)
+            return update, _part(state, 0)
+
+        first, state = self.parts[0], _part(server_state, 0)
+        return _together([first.announce(like, state, round_index, num_clients, draw, ask_first)])
+
+    def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
+        """All stages' random numbers, each from a stream of its own."""
+        seed = generator.initial_seed()
+        later = [stream(seed, "stage", i) for i in range(1, len(self.parts))]
+        return _together([s.draw(like, batch, g) for s, g in zip(self.parts, [generator, *later], strict=True)])
+
+    def transform(self, batch: Batch, noise: Noise) -> Batch:
+        """Transformed by all stages in order."""
+        for i, stage in enumerate(self.parts):
+            batch = stage.transform(batch, _part(noise, i))
+        return batch
+
+    def gradient(
+        self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
+    ) -> tuple[Update, Buffers, Tensor]:
+        """By the stage that has its own way, or plainly."""
+        own = (i for i, s in enumerate(self.parts) if type(s).gradient is not Defense.gradient)
+        chosen = next(own, 0)
+        return self.parts[chosen].gradient(loss, params, batch, _part(noise, chosen), step)
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """Protected by all stages in order."""
+        states = []
+        for i, stage in enumerate(self.parts):
+            update, after = stage.protect(update, client, _part(state, i), _part(shared, i), _part(noise, i))
+            states.append(after)
+        return update, _together(states)
+
+    def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
+        """Compensated by all stages, the last one first."""
+        states: list[State] = []
+        for i, stage in reversed(list(enumerate(self.parts))):
+            aggregate, after = stage.compensate(aggregate, _part(server_state, i), _part(shared, i))
+            states.insert(0, after)
+        return aggregate, _together(states)
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The stages' stand-ins in order; all of them look at the update that was observed in the end."""
+        for i, stage in enumerate(self.parts):
+            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
+            update = stage.surrogate(update, own)
+        return update
+
+    def measure(self, state: State) -> dict[str, Tensor]:
+        """All that the stages measure."""
+        measured: dict[str, Tensor] = {}
+        for i, stage in enumerate(self.parts):
+            measured |= stage.measure(_part(state, i))
+        return measured
+
+
+@final
+@dataclass(frozen=True)
+class _Within:
+    """A stage's codec, which looks for that stage's announcement in the chain's."""
+
+    position: int
+    codec: Codec
+
+    def encode(self, update: Update, shared: Shared, num_examples: int) -> Payload:
+        return self.codec.encode(update, _part(shared, self.position), num_examples)
+
+    def decode(self, payload: Payload, like: Params, shared: Shared) -> Update:
+        return self.codec.decode(payload, like, _part(shared, self.position))
+
+
+def _together(parts: list[Values]) -> Values:
+    return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
+
+
+def _part(together: Values, position: int) -> Values:
+    prefix = f"{position}."
+    return {k.removeprefix(prefix): v for k, v in together.items() if k.startswith(prefix)}

@@ -1,0 +1,88 @@
+"""DP-SGD: every example's gradient is clipped, and noise is added to their sum at every local step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from gia_bench.defenses.base import BatchLoss, Client, Defense
+from gia_bench.defenses.checks import check
+from gia_bench.defenses.clip import clipped
+from gia_bench.errors import IncompatibleError
+from gia_bench.values import Batch, Buffers, Noise, Params, Shared, State, Update
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DPSGD(Defense):
+    """(sum of per-example gradients, each clipped, + noise) / examples (Abadi et al. 2016, algorithm 1).
+
+    max_grad_norm: C, the joint Euclidean norm that one example's gradient may have, > 0; noise_multiplier: the noise's
+    standard deviation is noise_multiplier * C on the sum, >= 0. It is divided by the examples that the batch really
+    holds. The privacy it gives is computed by ``dp_accounting.epsilon``.
+
+    Needs a model whose examples are independent: a BatchNorm layer in training mode raises ``IncompatibleError`` when
+    it is first used.
+    """
+
+    max_grad_norm: float = 1.0
+    noise_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        check("defense dp_sgd: max_grad_norm", self.max_grad_norm, lambda c: 0 < c < math.inf, "be finite and above 0")
+        check(
+            "defense dp_sgd: noise_multiplier", self.noise_multiplier, lambda s: 0 <= s < math.inf,
+            "be finite and at least 0",
+        )  # fmt: skip
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """The same architecture, whose BatchNorm layers refuse to work in training mode."""
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                # asked at its use: whether clients train in training mode is not known here
+                layer.register_forward_pre_hook(_refuse_training)
+        return model
+
+    def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
+        """``<step>.<parameter>``: standard normal numbers for each local step, float32 on the CPU."""
+        steps = range(batch.mask.shape[0])
+        return {f"{s}.{k}": torch.randn(p.shape, generator=generator) for s in steps for k, p in like.items()}
+
+    def gradient(
+        self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
+    ) -> tuple[Update, Buffers, Tensor]:
+        """The clipped and noised mean gradient; padding contributes nothing."""
+
+        def of_one(example: Batch) -> tuple[Update, Buffers, Tensor]:
+            def value(weights: Params) -> tuple[Tensor, tuple[Buffers, Tensor]]:
+                mean, after = loss(weights, Batch(*(t[None] for t in example)))
+                return mean, (after, mean)
+
+            single, (after, mean) = grad(value, has_aux=True)(params)
+            # a padded example's loss is 0 whatever its pixels, and so is its gradient
+            return clipped(single, self.max_grad_norm), after, mean
+
+        each, after, losses = vmap(of_one)(batch)
+        sigma, count = self.noise_multiplier * self.max_grad_norm, batch.mask.sum().clamp(min=1)
+        total = {k: g.sum(0) + sigma * noise[f"{step}.{k}"].to(g.device, g.dtype) for k, g in each.items()}
+        buffers = {k: b[0] for k, b in after.items()}  # untouched by independent examples
+        return {k: t / count for k, t in total.items()}, buffers, losses.sum() / count
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """The update itself: its gradients are private already."""
+        return update, state
+
+
+def _refuse_training(layer: nn.Module, inputs: Any) -> None:
+    if layer.training:
+        raise IncompatibleError(
+            f"defense dp_sgd needs gradients of single examples, but {type(layer).__name__} in training mode mixes the "
+            "examples of a batch; choose a model with GroupNorm or none, or set model.training=false."
+        )

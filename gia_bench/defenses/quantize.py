@@ -1,0 +1,85 @@
+"""Compressors with a few levels: QSGD and signSGD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.checks import check
+from gia_bench.defenses.grid import euclidean, on_grid, rounding_noise, unit_above
+from gia_bench.errors import ConfigError, choices
+from gia_bench.values import Batch, Noise, Params, Shared, State, Update
+from gia_bench.wire import Codec, Codes, Narrow, Signs
+
+SCALES = ("mean_abs", "none")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class QSGD(Defense):
+    """Stochastic rounding to multiples of ||tensor||_2 / levels (Alistarh et al. 2017, section 3.1): unbiased.
+
+    levels: the paper's s, 1 to 127; an entry travels in ceil(log2(2 levels + 1)) bits (the paper's Elias code is not
+    used), and each tensor's unit beside them. One bucket per tensor is a gia_bench choice; the unit is that of
+    ``grid.unit_above``. The attacker's surrogate is the update itself: rounding passes no gradient.
+    """
+
+    levels: int = 7
+
+    def __post_init__(self) -> None:
+        check("defense qsgd: levels", self.levels, lambda s: s in range(1, 128), "be a whole number from 1 to 127")
+
+    @property
+    def codec(self) -> Codec:
+        """Packed levels, and each tensor's unit."""
+        return Narrow(Codes(int(self.levels)))
+
+    def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
+        """Uniform numbers in [0, 1), float32 on the CPU, by parameter name."""
+        return rounding_noise(like, generator)
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """The rounded update, in its own dtype."""
+        units = {name: unit_above(norm / self.levels) for name, norm in euclidean(update).items()}
+        return {k: on_grid(u, units[k], int(self.levels), noise[k]) for k, u in update.items()}, state
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SignSGD(Defense):
+    """Signs only: a bit per entry.
+
+    scale: "mean_abs" multiplies by the tensor's mean magnitude (Karimireddy et al. 2019, section 5: layer-wise),
+    "none" sends +1 and -1 (Bernstein et al. 2018). 0 counts as positive, which is a gia_bench choice: a third value
+    would cost a second bit. The attacker's surrogate is the update itself: a sign passes no gradient.
+    """
+
+    scale: str = "mean_abs"
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ConfigError(choices("defense sign_sgd: scale", self.scale, SCALES))
+
+    @property
+    def codec(self) -> Codec:
+        """Sign bits, and each tensor's magnitude."""
+        return Narrow(Signs())
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        """Plus or minus the magnitude; a tensor with NaN or infinity is NaN as a whole, so that the server sees it."""
+
+        def magnitude(u: torch.Tensor) -> torch.Tensor:
+            # in double: there the order of a sum does not show in single precision
+            mean = u.double().abs().sum() / max(u.numel(), 1)
+            size = mean.to(u.dtype) if self.scale == "mean_abs" else torch.ones_like(mean, dtype=u.dtype)
+            return torch.where(mean.isfinite(), size, torch.nan)
+
+        sizes = {name: magnitude(u) for name, u in update.items()}
+        return {name: torch.where(u < 0, -sizes[name], sizes[name]) for name, u in update.items()}, state
