@@ -9,7 +9,7 @@ STAMPS := $(VENV)/stamps
 .PHONY: demo test lint types pytest bench wheel clean
 
 demo: $(STAMPS)/run
-	$(BIN)/gia-bench -m experiment=demo defense=none,dgp
+	$(BIN)/gia-bench -m experiment=demo defense=none,dgp paths.outputs=outputs
 	$(BIN)/gia-bench-report 'runs=[outputs/demo]' output=outputs/demo/report
 
 test: lint types pytest

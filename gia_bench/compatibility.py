@@ -17,11 +17,10 @@ def check_threat(name: str, attack: Attack, threat: ThreatModel) -> None:
             f"attack {name} needs to see {_names(unseen)}, which threat={threat.name} does not show; choose another "
             "threat, or add to threat.knows."
         )
-    powerless = attack.needs & ~threat.power
-    if powerless:
+    if attack.needs:
         raise IncompatibleError(
-            f"attack {name} needs a server that can {_names(powerless)}; threat={threat.name} cannot: choose a threat "
-            "model of a malicious server, or add to threat.power."
+            f"attack {name} needs a server that can {_names(attack.needs)}, and malicious servers are not "
+            "played yet; choose an attack on honest rounds."
         )
 
 

@@ -21,6 +21,7 @@ from gia_bench.data.partition import Partition, Scheme
 from gia_bench.data.source import Dataset
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import ConfigError, GiaBenchError
+from gia_bench.errors import choices as choices_of
 from gia_bench.federated.rules import Rules
 from gia_bench.federated.schedule import Schedule
 from gia_bench.metrics import Metrics
@@ -29,6 +30,7 @@ from gia_bench.probes.recorder import Origin
 from gia_bench.records.mirror import MirrorFactory
 from gia_bench.threat import ThreatModel
 
+PRECISIONS = ("32-true",)
 # what may differ between two runs that are the same run
 _NOT_IDENTITY = ("paths", "trainer", "logger", "force", "images")
 
@@ -57,6 +59,11 @@ class TrainerSettings:
     progress_bar: bool
     snapshot_every_seconds: float
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            # mixed precision would compute clients under autocast and attacks outside it
+            raise ConfigError(choices_of("trainer.precision", self.precision, PRECISIONS))
+
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,7 +87,9 @@ def identify(cfg: DictConfig, choices: Mapping[str, str]) -> Run:
     config = _plain(cfg)
     run_id = "r" + hashlib.sha256(json.dumps(_identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:11]
     named = {g: choices[g] for g in ("dataset", "model", "fl", "threat", "defense")}
-    origin = Origin(run_id=run_id, experiment=str(cfg.name), seed=int(cfg.seed), **named)
+    if not isinstance(cfg.seed, int):
+        raise ConfigError(f"seed={cfg.seed!r} is not a whole number.")
+    origin = Origin(run_id=run_id, experiment=str(cfg.name), seed=cfg.seed, **named)
     return Run(origin=origin, folder=Path(cfg.paths.outputs) / cfg.name / run_id, force=cfg.force, config=config)
 
 
@@ -104,6 +113,10 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
         mean=dataset.mean, std=dataset.std, seed=cfg.seed, prepare=defense.prepare_model,
     )  # fmt: skip
+    defense.check_victim(victim)
+    for attack in attacks.values():
+        attack.check_victim(victim)
+    _bound("fl.server.optimizer", schedule.server.configure, parameters=victim.module.parameters())
     rules = Rules(
         victim=victim, defense=defense, local=schedule.local, executor=schedule.executor, seed=cfg.seed,
         weighting=schedule.weighting, on_nonfinite=schedule.on_nonfinite,
@@ -169,5 +182,5 @@ def _bound(section: str, target: Any, **arguments: Any) -> Any:
     """Call with a sentence for a key that the target does not take."""
     try:
         return target(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{section} cannot be built: {error}") from error

@@ -9,7 +9,7 @@ class ConfigError(GiaBenchError):
     """A setting is out of its range, or its name is not known."""
 
 
-class IncompatibleError(GiaBenchError):
+class IncompatibleError(ConfigError):
     """Parts that cannot go together (attack, model, threat, defense). A sweep counts it as skipped, not as failed."""
 
 

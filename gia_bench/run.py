@@ -7,13 +7,14 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from gia_bench.config import Experiment
@@ -23,6 +24,7 @@ from gia_bench.probes.cost import CostProbe
 from gia_bench.probes.leakage import LeakageProbe
 from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.utility import UtilityProbe
+from gia_bench.records.archives import whole
 from gia_bench.records.runs import LOCK, locked, write_config
 from gia_bench.records.store import RecordStore
 
@@ -78,13 +80,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     found = sorted((folder / "checkpoints").glob("round*.ckpt"), key=_round_of)
     if not found:
         return None
-    try:
-        torch.load(found[-1], map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    if not whole(found[-1]):
         raise DataError(
-            f"The checkpoint {found[-1]} is corrupt ({type(error).__name__}); delete it to go on from an older one, or "
-            "start again with force=true."
-        ) from error
+            f"The checkpoint {found[-1]} is corrupt; delete it to start again from round 0, or start with force=true."
+        )
     return found[-1]
 
 
@@ -95,6 +94,9 @@ def _round_of(checkpoint: Path) -> int:
 def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
     _quiet()
     settings, schedule, folder = experiment.trainer, experiment.schedule, experiment.run.folder
+    # ranks wait for each other while rank zero attacks, however long that takes
+    spawned = DDPStrategy(start_method="spawn", timeout=timedelta(days=7))
+    strategy = spawned if settings.strategy == "ddp_spawn" else settings.strategy
     leakage = LeakageProbe(
         recorder=recorder, attacks=experiment.attacks, threat=experiment.threat, metrics=experiment.metrics,
         folder=folder, images=experiment.images, snapshot_every_seconds=settings.snapshot_every_seconds,
@@ -106,7 +108,7 @@ def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
     )  # fmt: skip
     try:
         return L.Trainer(
-            accelerator=settings.accelerator, devices=settings.devices, strategy=settings.strategy,
+            accelerator=settings.accelerator, devices=settings.devices, strategy=strategy,
             precision=cast(Any, settings.precision), max_steps=schedule.rounds, max_epochs=-1,
             val_check_interval=schedule.eval_every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
             logger=False, inference_mode=False, enable_progress_bar=settings.progress_bar,
@@ -121,4 +123,5 @@ def _quiet() -> None:
     """Lightning's greetings and its own deprecated calls are not news to the user."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)

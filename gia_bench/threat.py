@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import TYPE_CHECKING, Protocol, final
@@ -41,8 +41,8 @@ class Power(Flag):
 class Private(Protocol):
     """The private side of one round: the only place where the truth is kept."""
 
-    def truth(self, client: int | None) -> Truth:
-        """The images of one client, or of the whole cohort for ``None``."""
+    def truth(self, clients: Sequence[int]) -> Truth:
+        """The images behind the updates of some clients."""
         ...
 
 
@@ -98,7 +98,8 @@ class ThreatModel:
         one = client is not None
         if one != self.sees_clients:
             raise ConfigError(f"threat {self.name} sees {'clients' if self.sees_clients else 'only the aggregate'}.")
-        labels = private.truth(client).labels if sees(Knowledge.LABELS) else None
+        behind = transcript.clients if client is None else (client,)
+        labels = private.truth(behind).labels if sees(Knowledge.LABELS) else None
         if client is None:
             update, count, sent = transcript.aggregate, transcript.num_examples, None
         else:

@@ -60,8 +60,8 @@ class Transcript:
     """What crossed the wire in one round. ``payloads``, ``updates`` and ``sent_buffers`` hold only observed clients.
 
     params, buffers, shared: the broadcast; updates: decoded payloads by client; sent_buffers: the BatchNorm
-    statistics those clients sent back; aggregate: the weighted mean of all decoded updates; num_examples: of
-    all clients together.
+    statistics those clients sent back; aggregate: the weighted mean of the decoded updates of ``clients``;
+    num_examples: the distinct examples behind all of them together.
     """
 
     round_index: int
@@ -72,6 +72,7 @@ class Transcript:
     updates: Mapping[int, Update]
     sent_buffers: Mapping[int, Buffers]
     aggregate: Update
+    clients: tuple[int, ...]
     num_examples: int
 
 

@@ -47,6 +47,10 @@ class Analytic(Attack):
     def max_examples(self) -> int | None:
         return 1
 
+    def check_victim(self, victim: Victim) -> None:
+        """Needs a linear layer with a bias at the start."""
+        _first_layer(victim)
+
     def reconstruct_many(
         self,
         observations: Sequence[Observation],

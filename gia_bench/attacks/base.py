@@ -58,6 +58,9 @@ class Attack(ABC):
         """The most examples an update may hold for this attack; None: any number."""
         return None
 
+    def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
+        """Raises ``IncompatibleError`` for a model it cannot attack; asked once, when a run is composed."""
+
     def implant(self, model: nn.Module) -> nn.Module:
         """The model a malicious server sends at the attacked rounds; the honest one by default."""
         return model

@@ -77,6 +77,14 @@ class GradientMatching(Attack):
     def max_examples(self) -> int | None:
         return 1 if self.labels == "idlg" else None
 
+    def check_victim(self, victim: Victim) -> None:
+        """Labels that are read off the last layer need a linear one."""
+        if self.labels not in ("known", "joint") and victim.head is None:
+            raise IncompatibleError(
+                f"labels={self.labels} are read off the last linear layer, and this model has none; take labels=joint, "
+                "or labels=known with a threat that shows them."
+            )
+
     def reconstruct_many(
         self,
         observations: Sequence[Observation],

@@ -23,14 +23,14 @@ class Cohort:
     """Who takes part in a round, and with which examples. Images are gathered chunk by chunk, so that a cohort's
     size costs no memory.
 
-    clients: K client numbers; steps: per client, the example indices of each local step; num_examples: per client,
-    what its update stands for.
+    clients: K client numbers; steps: per client, the example indices of each local step; weights: per client, what its
+    update counts in the mean.
     """
 
     round_index: int
     clients: tuple[int, ...]
     steps: tuple[tuple[Tensor, ...], ...]
-    num_examples: tuple[int, ...]
+    weights: tuple[int, ...]
     source: Source
     device: torch.device = CPU
 
@@ -59,9 +59,15 @@ class Cohort:
             (indices >= 0).float().to(self.device),
         )
 
-    def truth(self, client: int | None) -> Truth:
-        """The distinct images behind one client's update, in the order of their first use; None: behind all updates."""
-        members = range(len(self.clients)) if client is None else [self.clients.index(client)]
-        used = [int(i) for m in members for step in self.steps[m] for i in step]
-        indices = torch.tensor(list(dict.fromkeys(used)))
+    @cached_property
+    def num_examples(self) -> tuple[int, ...]:
+        """Per client, how many distinct examples its local steps use."""
+        return tuple(len(self._used([m])) for m in range(len(self.clients)))
+
+    def truth(self, clients: Sequence[int]) -> Truth:
+        """The distinct images behind the updates of some clients, in the order of their first use."""
+        indices = torch.tensor(self._used([self.clients.index(c) for c in clients]))
         return Truth(self.source.images(indices).to(self.device), self.source.labels[indices].to(self.device))
+
+    def _used(self, members: Sequence[int]) -> list[int]:
+        return list(dict.fromkeys(int(i) for m in members for step in self.steps[m] for i in step))

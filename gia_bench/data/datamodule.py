@@ -71,6 +71,9 @@ class FederatedDataModule(L.LightningDataModule):
         self.test_batch_size = test_batch_size
         self.start = 0
         available = len(partition.clients)
+        # asked here, so that a batch no client can fill is refused before anything is trained
+        smallest = min(range(available), key=lambda c: len(partition.clients[c]))
+        local.schedule(len(partition.clients[smallest]), seed, 0, smallest)
         self.clients_per_round = available if clients_per_round is None else clients_per_round
         if not 0 < self.clients_per_round <= available:
             raise ConfigError(
@@ -95,7 +98,7 @@ class FederatedDataModule(L.LightningDataModule):
             round_index=round_index,
             clients=clients,
             steps=tuple(steps),
-            num_examples=tuple(weights),
+            weights=tuple(weights),
             source=self.dataset.train,
         )
 

@@ -54,6 +54,9 @@ class Defense(ABC):
         """The architecture that is trained; may add layers (PRECODE)."""
         return model
 
+    def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
+        """Raises ``IncompatibleError`` for a model it cannot protect; asked once, when a run is composed."""
+
     def announce(
         self,
         like: Params,

@@ -15,6 +15,7 @@ from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError
+from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Payload, Shared, State, Update
 from gia_bench.wire import ALIGNED, DENSE, Codec
@@ -93,6 +94,11 @@ class Chain(Defense):
         for stage in self.parts:
             model = stage.prepare_model(model)
         return model
+
+    def check_victim(self, victim: Victim) -> None:
+        """Every stage is asked."""
+        for stage in self.parts:
+            stage.check_victim(victim)
 
     def announce(
         self,

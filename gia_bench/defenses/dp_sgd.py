@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
 from gia_bench.defenses.base import BatchLoss, Client, Defense
@@ -15,6 +15,9 @@ from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.errors import IncompatibleError
 from gia_bench.values import Batch, Buffers, Noise, Params, Shared, State, Update
+
+if TYPE_CHECKING:
+    from gia_bench.models.functional import Victim
 
 
 @final
@@ -26,8 +29,7 @@ class DPSGD(Defense):
     standard deviation is noise_multiplier * C on the sum, >= 0. It is divided by the examples that the batch really
     holds. The privacy it gives is computed by ``dp_accounting.epsilon``.
 
-    Needs a model whose examples are independent: a BatchNorm layer in training mode raises ``IncompatibleError`` when
-    it is first used.
+    A model whose examples are coupled (BatchNorm in training mode) is refused.
     """
 
     max_grad_norm: float = 1.0
@@ -40,13 +42,13 @@ class DPSGD(Defense):
             "be finite and at least 0",
         )  # fmt: skip
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The same architecture, whose BatchNorm layers refuse to work in training mode."""
-        for layer in model.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                # asked at its use: whether clients train in training mode is not known here
-                layer.register_forward_pre_hook(_refuse_training)
-        return model
+    def check_victim(self, victim: Victim) -> None:
+        """Needs a model whose examples are independent."""
+        if victim.batch_coupled:
+            raise IncompatibleError(
+                "defense dp_sgd needs gradients of single examples, but BatchNorm in training mode mixes the examples "
+                "of a batch; choose a model with GroupNorm or none, or set model.training=false."
+            )
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """``<step>.<parameter>``: standard normal numbers for each local step, float32 on the CPU."""
@@ -78,11 +80,3 @@ class DPSGD(Defense):
     ) -> tuple[Update, State]:
         """The update itself: its gradients are private already."""
         return update, state
-
-
-def _refuse_training(layer: nn.Module, inputs: Any) -> None:
-    if layer.training:
-        raise IncompatibleError(
-            f"defense dp_sgd needs gradients of single examples, but {type(layer).__name__} in training mode mixes the "
-            "examples of a batch; choose a model with GroupNorm or none, or set model.training=false."
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gia_bench.defenses.checks import check
-from gia_bench.errors import ConfigError, choices
+from gia_bench.errors import ConfigError, IncompatibleError, choices
 from gia_bench.values import Update
 from gia_bench.wire import bits_of
 
@@ -84,7 +84,7 @@ def check_band(name: str, k1: float, k2: float, scope: str) -> None:
     for key, share in (("k1", k1), ("k2", k2)):
         check(f"defense {name}: {key}", share, lambda s: 0 <= s < 1, "lie in [0, 1); it is a share, 0.05 means 5 %")
     if exact(k1) + exact(k2) >= 1:
-        raise ConfigError(
+        raise IncompatibleError(
             f"defense {name}: k1 + k2 = {k1} + {k2} drops every entry; lower one of them until the sum is below 1."
         )
     check_scope(name, scope)

@@ -53,11 +53,10 @@ class Soteria(Defense):
         """Without the dropped columns."""
         return SPARSE
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The same model. Raises ``IncompatibleError`` for one without any linear layer."""
-        if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
+    def check_victim(self, victim: Victim) -> None:
+        """Needs a linear layer at the end."""
+        if victim.head is None:
             raise _no_head()
-        return model
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

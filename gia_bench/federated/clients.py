@@ -10,9 +10,10 @@ import torch
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Client
 from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWork
+from gia_bench.federated.local import LocalResult
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.seeding import stream
-from gia_bench.values import Shared, State, Update
+from gia_bench.values import Batch, Shared, State, Update
 
 
 @final
@@ -39,11 +40,7 @@ class Clients:
         self.asked = True
 
         def unprotected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            batch = self.rules.defense.transform(inputs.batch, inputs.noise)
-            result = self.rules.local.run(
-                self.rules.victim, self.rules.defense, self.server.params, inputs.buffers, batch, inputs.noise, counts,
-                self.cohort.round_index,
-            )  # fmt: skip
+            _, result = self._work(inputs, counts)
             return ClientOutputs(result.update, result.buffers, inputs.state, result.loss)
 
         outputs = self._map(unprotected, [member])
@@ -53,23 +50,19 @@ class Clients:
         """A chunk's protected updates [k, ...]."""
 
         def protected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            rules, params = self.rules, self.server.params
-            batch = rules.defense.transform(inputs.batch, inputs.noise)
-            update, buffers, loss = rules.local.run(
-                rules.victim,
-                rules.defense,
-                params,
-                inputs.buffers,
-                batch,
-                inputs.noise,
-                counts,
-                self.cohort.round_index,
-            )
-            client = Client(rules.victim, params, inputs.buffers, batch)
-            sent, state = rules.defense.protect(update, client, inputs.state, shared, inputs.noise)
+            batch, (update, buffers, loss) = self._work(inputs, counts)
+            client = Client(self.rules.victim, self.server.params, inputs.buffers, batch)
+            sent, state = self.rules.defense.protect(update, client, inputs.state, shared, inputs.noise)
             return ClientOutputs(sent, buffers, state, loss)
 
         return self._map(protected, chunk)
+
+    def _work(self, inputs: ClientInputs, counts: Sequence[int] | None) -> tuple[Batch, LocalResult]:
+        """The batch that one client trains on, and what its local work gives."""
+        rules, params = self.rules, self.server.params
+        batch = rules.defense.transform(inputs.batch, inputs.noise)
+        local = rules.local.at(self.cohort.round_index)
+        return batch, local.run(rules.victim, rules.defense, params, inputs.buffers, batch, inputs.noise, counts)
 
     def _map(self, work: ClientWork, chunk: Sequence[int]) -> ClientOutputs:
         cohort, params, defense, seed = self.cohort, self.server.params, self.rules.defense, self.rules.seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,10 @@ class LocalWork(Protocol):
     @property
     def learning_rate(self) -> float | None: ...
 
+    def at(self, round_index: int) -> LocalWork:
+        """The work as it is done in one round, with that round's learning rate."""
+        ...
+
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
         """The positions in the client's data that each local step uses, one int64 tensor per step."""
         ...
@@ -41,7 +46,7 @@ class LocalWork(Protocol):
 
     def run(
         self, victim: Victim, defense: Defense, params: Params, buffers: Buffers, batch: Batch, noise: Noise,
-        counts: Sequence[int] | None, round_index: int,
+        counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
         """The work itself, pure and mappable. batch: [S, B, ...]; counts: real examples of each step, to cut off the
         padding exactly, or None to leave it to the mask."""
@@ -94,6 +99,10 @@ class FedSGD:
         """A gradient has no step size."""
         return None
 
+    def at(self, round_index: int) -> LocalWork:
+        """The same in every round."""
+        return self
+
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
         """One step: the ``round_index``-th batch of the client's walk; pure in its arguments."""
         size = _check_batch_size(self.batch_size, num_examples, client)
@@ -107,7 +116,7 @@ class FedSGD:
 
     def run(
         self, victim: Victim, defense: Defense, params: Params, buffers: Buffers, batch: Batch, noise: Noise,
-        counts: Sequence[int] | None, round_index: int,
+        counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
         """The gradient of the mean loss."""
         gradient, after, loss = defense.gradient(_loss(victim, buffers), params, step_of(batch, 0, counts), noise, 0)
@@ -146,6 +155,11 @@ class FedAvg:
                 f"steps={self.steps}, learning_rate={self.learning_rate}."
             )
 
+    def at(self, round_index: int) -> LocalWork:
+        """The learning rate after the milestones that have passed."""
+        factor = decay(self.milestones, self.gamma, round_index)
+        return dataclasses.replace(self, learning_rate=self.learning_rate * factor, milestones=(), gamma=1.0)
+
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
         """Shuffled passes over the client's data; the last batch of a pass may be smaller."""
         size = _check_batch_size(self.batch_size, num_examples, client)
@@ -163,10 +177,10 @@ class FedAvg:
 
     def run(
         self, victim: Victim, defense: Defense, params: Params, buffers: Buffers, batch: Batch, noise: Noise,
-        counts: Sequence[int] | None, round_index: int,
+        counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
         """SGD with momentum and weight decay as in ``torch.optim.SGD``; steps without any example change nothing."""
-        rate = self.learning_rate * decay(self.milestones, self.gamma, round_index)
+        rate = self.learning_rate
         weights, velocity = params, {k: torch.zeros_like(v) for k, v in params.items()}
         losses, active_steps = [], []
         for s in range(batch.mask.shape[0]):

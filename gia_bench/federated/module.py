@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -53,11 +55,13 @@ class FederatedModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.rules, self.schedule = rules, schedule
-        self.network = rules.victim.module
+        # a copy: the victim keeps the model as it is published, which is all that some attackers know
+        self.network = copy.deepcopy(rules.victim.module)
         self.round_index = 0
         self.client_states: dict[int, State] = {}
         self.server_state: State = rules.defense.init_server(self.params())
-        self.up_to_date: frozenset[int] = frozenset()
+        self.played_last: frozenset[int] = frozenset()
+        self.played_always: frozenset[int] = frozenset()
         self.aggregate_bytes = 0
         self.accuracy = MulticlassAccuracy(num_classes=num_classes, average="micro")
         self._ranks: Ranks | None = None
@@ -91,7 +95,8 @@ class FederatedModule(L.LightningModule):
             torch.cuda.synchronize(self.device)
         cost = self._cost(played, cohort, time.perf_counter() - started)
         self.client_states |= played.states
-        self.up_to_date, self.aggregate_bytes = frozenset(cohort.clients), played.aggregate_bytes
+        self.played_last, self.aggregate_bytes = frozenset(cohort.clients), played.aggregate_bytes
+        self.played_always = self.played_last if cohort.round_index == 0 else self.played_always & self.played_last
         self.round_index = cohort.round_index + 1
         report = RoundReport(
             round_index=cohort.round_index, transcript=played.transcript, cost=cost, train_loss=played.loss,
@@ -115,7 +120,8 @@ class FederatedModule(L.LightningModule):
             "round_index": self.round_index,
             "client_states": self.client_states,
             "server_state": self.server_state,
-            "up_to_date": sorted(self.up_to_date),
+            "played_last": sorted(self.played_last),
+            "played_always": sorted(self.played_always),
             "aggregate_bytes": self.aggregate_bytes,
         }
 
@@ -123,7 +129,7 @@ class FederatedModule(L.LightningModule):
         saved = checkpoint["federation"]
         self.round_index, self.aggregate_bytes = saved["round_index"], saved["aggregate_bytes"]
         self.client_states, self.server_state = saved["client_states"], saved["server_state"]
-        self.up_to_date = frozenset(saved["up_to_date"])
+        self.played_last, self.played_always = frozenset(saved["played_last"]), frozenset(saved["played_always"])
 
     def _step(self, played: Round) -> None:
         for name, parameter in self.network.named_parameters():
@@ -135,10 +141,14 @@ class FederatedModule(L.LightningModule):
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
     def _cost(self, played: Round, cohort: Cohort, seconds: float) -> RoundCost:
-        """A client that played the round before holds the model and downloads only the aggregate; others, the model."""
+        """A client that can take the server's step itself downloads only the aggregate; others, the model.
+
+        It can if it played the round before and the optimizer remembers nothing, or if it has played every round.
+        """
         buffers = sum(b.nbytes for b in self.buffers_now().values())
         model = sum(p.nbytes for p in self.params().values())
-        current = sum(c in self.up_to_date for c in cohort.clients)
+        able = self.played_always if self._optimizer_remembers() else self.played_last
+        current = sum(c in able for c in cohort.clients)
         num_clients = len(cohort.clients)
         announced = shared_bytes(played.shared)
         down = (current * self.aggregate_bytes + (num_clients - current) * model) / num_clients
@@ -151,3 +161,9 @@ class FederatedModule(L.LightningModule):
             dense_downlink_bytes=model + buffers,
             round_seconds=seconds,
         )
+
+    def _optimizer_remembers(self) -> bool:
+        """Whether a step depends on earlier ones (momentum, Adam)."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return any(isinstance(v, Tensor) for state in optimizer.state.values() for v in state.values())

@@ -122,7 +122,7 @@ def play_round(
             own_buffers = {k: v[row] for k, v in outputs.buffers.items()}
             payload = defense.codec.encode(sent, shared, cohort.num_examples[member])
             decoded = defense.codec.decode(payload, params, shared)
-            weight = float(cohort.num_examples[member]) if rules.weighting == "examples" else 1.0
+            weight = float(cohort.weights[member]) if rules.weighting == "examples" else 1.0
             total.add(decoded, weight)
             total_buffers.add(own_buffers, weight)
             share.loss += weight * float(outputs.loss[row])
@@ -144,11 +144,12 @@ def play_round(
 
     mean = total.mean(whole.weight, params, ranks)
     aggregate, server_state = defense.compensate(mean, server.defense, shared)
-    alive = [n for c, n in zip(cohort.clients, cohort.num_examples, strict=True) if c not in gone]
+    alive = [(c, n) for c, n in zip(cohort.clients, cohort.num_examples, strict=True) if c not in gone]
+    num_examples = sum(n for _, n in alive)
     transcript = Transcript(
         round_index, _copy(params), _copy(server.buffers), shared,
         whole.payloads, whole.updates, whole.sent_buffers,
-        _copy(mean), sum(alive),
+        _copy(mean), tuple(c for c, _ in alive), num_examples,
     )  # fmt: skip
     return Round(
         aggregate=aggregate,
@@ -158,7 +159,7 @@ def play_round(
         shared=shared,
         led=clients.asked,
         uplink_bytes=whole.uplink,
-        aggregate_bytes=defense.codec.encode(aggregate, shared, sum(alive)).num_bytes,
+        aggregate_bytes=defense.codec.encode(aggregate, shared, num_examples).num_bytes,
         loss=whole.loss / whole.weight,
         dropped=gone,
         transcript=transcript if observed else None,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
 
 import lightning as L
+import torch
 
 from gia_bench.attacks.base import Attack
 from gia_bench.data.cohort import Cohort
 from gia_bench.federated.module import FederatedModule, RoundReport
+from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
 from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.snapshots import FileSnapshots
@@ -19,6 +22,8 @@ from gia_bench.records.images import save_images
 from gia_bench.seeding import derive
 from gia_bench.threat import ThreatModel
 from gia_bench.values import Reconstruction, Transcript, Truth
+
+SNAPSHOTS = "snapshots"
 
 
 @final
@@ -49,30 +54,42 @@ class LeakageProbe(L.Callback):
         report: RoundReport = outputs["report"]
         if report.transcript is not None and trainer.is_global_zero:
             for name, attack in self.attacks.items():
-                self._attack(name, attack, report.transcript, batch, pl_module)
+                self._attack(name, attack, report.transcript, batch, pl_module.rules)
+                self._record_dropped(name, batch, set(pl_module.observed(batch)) & set(report.dropped))
             self.recorder.flush()
 
-    def _attack(
-        self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, module: FederatedModule
-    ) -> None:
-        rules, round_index = module.rules, transcript.round_index
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Only now: until a checkpoint stands behind an attacked round, a resumed run may attack it again."""
+        if trainer.is_global_zero:
+            shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
+
+    def _attack(self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, rules: Rules) -> None:
+        round_index, local = transcript.round_index, rules.local.at(transcript.round_index)
         targets: list[int | None] = [*transcript.updates] if self.threat.sees_clients else [None]
         observations = [
-            self.threat.observe(transcript, cohort, client, local=rules.local, defense=rules.defense)
-            for client in targets
+            self.threat.observe(transcript, cohort, client, local=local, defense=rules.defense) for client in targets
         ]
         seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in targets]
-        snapshots = FileSnapshots(self.folder / "snapshots", f"round{round_index:06d}_{name}_", self.seconds)
+        snapshots = FileSnapshots(self.folder / SNAPSHOTS, f"round{round_index:06d}_{name}_", self.seconds)
         started = time.perf_counter()
         rebuilt = attack.reconstruct_many(observations, rules.victim, seeds=seeds, snapshots=snapshots)
         self.recorder.add("attack_seconds", time.perf_counter() - started, round=round_index, attack=name)
         for client, reconstruction in zip(targets, rebuilt, strict=True):
-            truth = cohort.truth(client)
+            truth = cohort.truth(transcript.clients if client is None else (client,))
             scores = evaluate(reconstruction, truth, self.metrics)
             self._record(name, round_index, client, scores)
             if self.images:
                 self._save(name, round_index, client, reconstruction, truth, scores)
-        snapshots.clear()
+
+    def _record_dropped(self, attack: str, cohort: Cohort, clients: Collection[int]) -> None:
+        """A client that was to be attacked and sent nothing is counted, not forgotten."""
+        for client in sorted(clients) if self.threat.sees_clients else ():
+            truth = cohort.truth((client,))
+            nothing = Reconstruction(
+                inputs=torch.zeros_like(truth.inputs), labels=None, score=float("inf"),
+                failure="the client was dropped: its update was not finite",
+            )  # fmt: skip
+            self._record(attack, cohort.round_index, client, evaluate(nothing, truth, self.metrics))
 
     def _record(self, attack: str, round_index: int, client: int | None, scores: Scores) -> None:
         for value in scores.values:

@@ -107,7 +107,12 @@ BAD = {
     "attack after the end": (["fl.attack_rounds=[50]"], "round 50 is never played"),
     "labels that nobody sees": (["attack.inverting_gradients_fast.labels=known"], "needs to see labels"),
     "iDLG on a batch": (["attack=[idlg,inverting_gradients_fast]"], "at most 1 example"),
+    "DP-SGD with BatchNorm": (["defense=dp_sgd", "model=resnet20"], "GroupNorm"),
+    "a closed form of convolutions": (["attack=[analytic,inverting_gradients_fast]", "model=lenet"], "model=mlp"),
     "unknown knowledge": (["threat.knows=[update,everything]"], "num_examples"),
+    "a seed that is no number": (["seed=abc"], "seed='abc'"),
+    "a learning rate below zero": (["fl.server.optimizer.lr=-1"], "fl.server.optimizer"),
+    "an untested precision": (["trainer.precision=bf16-mixed"], "32-true"),
     "unknown policy": (["fl.on_nonfinite=shrug"], "drop_client"),
     "absent checkpoint": (["model.checkpoint=/nowhere.pt"], "/nowhere.pt"),
     "absent data": (["dataset=mnist", "dataset.download=false", "paths.data=/nowhere"], "/nowhere"),
@@ -156,10 +161,14 @@ def test_a_corrupt_checkpoint_of_a_run_is_named(tmp_path: Path) -> None:
     settings = SMALL
     assert gia_bench(tmp_path, *settings, before=explode_in_round_two).status == 1
     [checkpoint] = tmp_path.rglob("round*.ckpt")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-200])
-    done = gia_bench(tmp_path, *settings)
-    assert done.status == 1
-    assert f"The checkpoint {checkpoint} is corrupt" in done.err
+    good = checkpoint.read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    for bad in (good[:-200], flipped):
+        checkpoint.write_bytes(bad)
+        done = gia_bench(tmp_path, *settings)
+        assert done.status == 1
+        assert f"The checkpoint {checkpoint} is corrupt" in done.err
 
 
 def fill_the_disk() -> None:

@@ -36,7 +36,7 @@ def one_round() -> Round:
     local = FedAvg(epochs=1, batch_size=3)
     owned = torch.split(torch.arange(total), list(SIZES))
     steps = [tuple(own[p] for p in local.schedule(len(own), 0, 0, c)) for c, own in enumerate(owned)]
-    cohort = Cohort(round_index=0, clients=tuple(range(5)), steps=tuple(steps), num_examples=SIZES, source=source)
+    cohort = Cohort(round_index=0, clients=tuple(range(5)), steps=tuple(steps), weights=SIZES, source=source)
     victim = build_victim(
         partial(convnet, width=2), input_shape=(1, 9, 9), num_classes=3, mean=(0.5,), std=(0.2,)
     )  # fmt: skip

@@ -163,8 +163,9 @@ def test_nan_in_the_head_reaches_the_server() -> None:
 
 
 def test_a_model_without_a_linear_head_is_refused_with_the_way_out() -> None:
+    headless = Victim(module=nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), input_shape=(3, 8, 8), num_classes=4)
     with pytest.raises(IncompatibleError, match="choose a model that ends in one"):
-        Soteria().prepare_model(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()))
+        Soteria().check_victim(headless)
     tokens = Scene(nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.Flatten(), nn.Unflatten(1, (3, 4))))
     with pytest.raises(IncompatibleError, match="one vector per image"):
         Soteria().protect(tokens.update(0), tokens.client(0), {}, {}, {})

@@ -221,7 +221,7 @@ def a_round(defense: Defense, executor: Loop | Vmap, local: FedSGD | FedAvg) -> 
     owned = torch.split(torch.arange(total), list(sizes))
     chosen = [local.schedule(n, 0, 0, c) for c, n in enumerate(sizes)]
     steps = tuple(tuple(own[s] for s in rows) for own, rows in zip(owned, chosen, strict=True))
-    cohort = Cohort(round_index=0, clients=tuple(range(5)), steps=steps, num_examples=sizes, source=source)
+    cohort = Cohort(round_index=0, clients=tuple(range(5)), steps=steps, weights=sizes, source=source)
     with seeded(0, "model"):
         network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 36, 3))
     victim = Victim(module=defense.prepare_model(network), input_shape=(1, 8, 8), num_classes=3)

@@ -41,7 +41,7 @@ def cohort(local: LocalWork, sizes: tuple[int, ...] = SIZES, round_index: int = 
         round_index=round_index,
         clients=tuple(range(len(sizes))),
         steps=tuple(tuple(own[p] for p in steps) for own, steps in zip(owned, chosen, strict=True)),
-        num_examples=tuple(local.weight(n, s) for n, s in zip(sizes, chosen, strict=True)),
+        weights=tuple(local.weight(n, s) for n, s in zip(sizes, chosen, strict=True)),
         source=_Double(source),
     )
 
@@ -125,7 +125,7 @@ def test_a_fedavg_round_equals_torch_sgd_in_every_client(batch_norm: bool) -> No
     played = cohort(local)
     total: dict[str, torch.Tensor] = {k: torch.zeros_like(v) for k, v in params.items()}
     means = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in buffers.items()}
-    for steps, count in zip(played.steps, played.num_examples, strict=True):
+    for steps, count in zip(played.steps, played.weights, strict=True):
         module = victim(batch_norm=batch_norm).module.train()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01)
         for step in steps:
@@ -133,9 +133,9 @@ def test_a_fedavg_round_equals_torch_sgd_in_every_client(batch_norm: bool) -> No
             nn.functional.cross_entropy(module(played.source.images(step)), played.source.labels[step]).backward()
             optimizer.step()
         for k, p in module.named_parameters():
-            total[k] += count * (params[k] - p.detach()) / sum(played.num_examples)
+            total[k] += count * (params[k] - p.detach()) / sum(played.weights)
         for k, b in module.named_buffers():
-            means[k] += count * b / sum(played.num_examples)
+            means[k] += count * b / sum(played.weights)
     got = play(model, local, Vmap())
     torch.testing.assert_close(got.aggregate, total)
     # the counter of batches is a whole number, so its mean is rounded
@@ -252,13 +252,41 @@ def test_fedsgd_walks_through_all_of_a_clients_data_before_it_repeats() -> None:
 def test_the_truth_of_a_client_holds_each_of_its_images_once() -> None:
     local = FedAvg(epochs=3, batch_size=5)
     played = cohort(local)
-    truth = played.truth(1)
+    truth = played.truth((1,))
     assert len(truth.labels) == SIZES[1]
     used = torch.cat(played.steps[1]).unique()
     torch.testing.assert_close(
         truth.inputs.flatten(1).sum(1).sort().values, played.source.images(used).flatten(1).sum(1).sort().values
     )
-    assert len(played.truth(None).labels) == sum(SIZES)
+    assert len(played.truth(played.clients).labels) == sum(SIZES)
+
+
+def test_an_update_of_a_few_local_steps_stands_for_the_images_it_used() -> None:
+    local = FedAvg(epochs=None, steps=1, batch_size=4)
+    played = cohort(local)
+    assert played.weights == SIZES
+    assert played.num_examples == (4,) * len(SIZES)
+    assert len(played.truth((2,)).labels) == 4
+    transcript = play(victim(), local, Vmap()).transcript
+    assert transcript is not None
+    assert transcript.payloads[1].num_examples == 4
+    assert transcript.num_examples == 4 * len(SIZES)
+
+
+def test_a_dropped_client_is_not_behind_the_sum() -> None:
+    model, local = victim(), FedSGD(batch_size=4)
+    means = [float(cohort(local).batch([m]).inputs.mean()) for m in range(len(SIZES))]
+    played = play(model, local, Loop(), defense=_Broken(sorted(means)[0] + 1e-9), on_nonfinite="drop_client")
+    assert played.transcript is not None
+    assert set(played.transcript.clients) == set(range(len(SIZES))) - set(played.dropped)
+    assert played.transcript.num_examples == 4 * (len(SIZES) - 1)
+
+
+def test_the_attacker_is_told_the_learning_rate_of_the_round() -> None:
+    local = FedAvg(learning_rate=0.5, milestones=(3,), gamma=0.1)
+    assert local.at(2).learning_rate == 0.5
+    assert local.at(3).learning_rate == pytest.approx(0.05)
+    assert local.at(3).at(3) == local.at(3)
 
 
 @pytest.mark.parametrize(
