@@ -200,7 +200,7 @@ def main() -> None:
     table = Table("what", "measured", "ratio", title=f"torch {torch.__version__} on {device}")
     for name in names:
         BENCHES[name](table)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

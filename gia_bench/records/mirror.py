@@ -10,7 +10,9 @@ from statistics import median
 from typing import Any, Protocol, final
 
 from gia_bench.errors import ConfigError, choices
+from gia_bench.records.runs import write_atomic
 from gia_bench.records.schema import Record
+from gia_bench.records.store import read
 
 MODES = ("offline", "online")
 
@@ -47,24 +49,25 @@ class NoMirror:
 
 @final
 class CsvMirror:
-    """Lightning's CSV logger: one row per round, a column per metric."""
+    """``metrics.csv``: one row per round, a column per metric, medians over victims; written when the run ends."""
 
     def __init__(self, folder: Path) -> None:
-        from lightning.pytorch.loggers import CSVLogger
-
-        self.logger = CSVLogger(folder, name="csv", version="")
+        self.folder = folder
 
     def show(self, records: Sequence[Record]) -> None:
-        """Medians over victims, by round."""
-        for step, values in _by_round(records).items():
-            self.logger.log_metrics({**values}, step=step)
+        """Nothing yet: the file is made from all records."""
 
     def show_images(self, path: Path, round_index: int) -> None:
         """A CSV file shows no images."""
 
     def close(self) -> None:
-        """Write what is buffered."""
-        self.logger.save()
+        """Write the file, whether the run was resumed or not."""
+        frame = read(self.folder / "records.jsonl").dropna(subset=["value", "round"])
+        column = frame["metric"].where(frame["attack"].isna(), frame["attack"] + "/" + frame["metric"])
+        table = frame.assign(column=column).pivot_table(
+            index="round", columns="column", values="value", aggfunc="median"
+        )
+        write_atomic(self.folder / "metrics.csv", table.to_csv().encode())
 
 
 @final
@@ -94,6 +97,9 @@ class WandbMirror:
 
     def show_images(self, path: Path, round_index: int) -> None:
         """Private images, then reconstructions."""
+        self._guard(lambda: self._show_images(path))
+
+    def _show_images(self, path: Path) -> None:
         from gia_bench.records.images import load_images
 
         pair = load_images(path)
@@ -120,13 +126,11 @@ class WandbMirror:
         return self._logger
 
     def _guard(self, action: Callable[[], object]) -> None:
-        import wandb
-
         if self._broken:
             return
         try:
             action()
-        except (wandb.errors.Error, OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever breaks in W&B, a record must never be lost by it)
             self._broken = True
             warnings.warn(f"W&B stopped ({error}); records.jsonl goes on without it.", UserWarning, stacklevel=2)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from command import SMALL, run
 
 RUN = ("gia-bench", *SMALL, "logger=wandb", "fl.attack_rounds=[1]")
+SMALL_CSV = ("gia-bench", *SMALL, "logger=csv", "fl.attack_rounds=[1]")
 
 
 def records(outputs: Path) -> pd.DataFrame:
@@ -39,3 +40,19 @@ def test_an_offline_run_is_mirrored_and_a_broken_one_loses_no_record(tmp_path: P
     assert broken.status == 0, broken.err
     assert "W&B stopped (no connection)" in broken.err
     pd.testing.assert_frame_equal(records(tmp_path / "broken"), records(tmp_path / "whole"))
+
+
+def test_settings_that_wandb_refuses_lose_no_record(tmp_path: Path) -> None:
+    done = run(*RUN, f"paths.outputs={tmp_path}", environment={"WANDB_MODE": "bogus"})
+    assert done.status == 0, done.err
+    assert "W&B stopped" in done.err
+    assert (records(tmp_path).metric == "psnr_db").any()
+
+
+def test_csv_has_one_row_per_round(tmp_path: Path) -> None:
+    done = run(*SMALL_CSV, f"paths.outputs={tmp_path}")
+    assert done.status == 0, done.err
+    [path] = tmp_path.rglob("metrics.csv")
+    table = pd.read_csv(path)
+    assert list(table["round"]) == [0, 1, 2]
+    assert {"test_accuracy", "uplink_bytes", "inverting_gradients_fast/psnr_db"} <= set(table.columns)
