@@ -31,7 +31,9 @@ def report(folders: list[Path], spec: TableSpec | None, figures: list[FigureSpec
     if spec is not None:
         table = build(spec, results)
         # a pipe or a narrow window would break the numbers in the middle
-        Console(width=max(Console().width, 110)).print(to_rich(table))
+        Console(width=max(Console().width, 30 + 8 * (len(table.spec.rows) + len(table.spec.columns)))).print(
+            to_rich(table)
+        )
         files[output / f"{spec.name}.md"] = to_markdown(table).encode()
         files[output / f"{spec.name}.csv"] = to_csv(table).encode()
     files |= {output / f"{figure.name}.png": _png(figure.draw(results)) for figure in figures}

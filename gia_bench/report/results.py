@@ -98,7 +98,7 @@ class Results:
             own = self.frame[self.frame["run_id"] == run_id]
             words = [f"{key}={own[key].iloc[0]}" for key in ("dataset", "model", "fl", "threat", "defense", "seed")]
             words.append(f"attack=[{','.join(own['attack'].dropna().unique())}]")
-        kept = [word for word in words if word.lstrip("+~").partition("=")[0].partition(".")[0] not in changes]
+        kept = [word for word in words if not _replaced(word.lstrip("+~").partition("=")[0], changes)]
         return shlex.join(["gia-bench", *kept, *(f"{key}={value}" for key, value in changes.items())])
 
     def _setting(self, key: str) -> dict[str, Any]:
@@ -113,6 +113,15 @@ class Results:
             run_id: {k: v for k, v in run.config.items() if k not in _NEUTRAL} for run_id, run in self.runs.items()
         }
         return {run_id: dict(_leaves(config)) for run_id, config in configs.items()}
+
+
+def _replaced(key: str, changes: Mapping[str, str]) -> bool:
+    """Whether a word on the command line falls to ``changes``: the group's choice, and the old choice's settings."""
+    group, _, setting = key.partition(".")
+    if group == "attack" and setting:
+        # an attack that is launched again keeps its settings
+        return group in changes and setting.partition(".")[0] not in changes[group].strip("[]").split(",")
+    return group in changes
 
 
 def _lookup(config: Any, key: str) -> Any:

@@ -128,7 +128,7 @@ def _is_control(spec: TableSpec, row: Mapping[str, Any]) -> bool:
 def _cells(spec: TableSpec, results: Results, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Cell]:
     frame = results.frame
     members = frame[_matches(frame, row, or_null=False)]["run_id"].unique().tolist()
-    _check_control(spec, results, row, rows, members[0])
+    _check_control(spec, results, row, rows, members)
     _check_pool(spec, results, row, members)
     own = frame[frame["run_id"].isin(members)]
     return {name: _cell(spec, results, own, row, column) for name, column in spec.columns.items()}
@@ -183,14 +183,32 @@ def _missing(spec: TableSpec, results: Results, row: dict[str, Any], column: Col
 
 
 def _check_control(
-    spec: TableSpec, results: Results, row: dict[str, Any], rows: list[dict[str, Any]], run_id: str
+    spec: TableSpec, results: Results, row: dict[str, Any], rows: list[dict[str, Any]], members: list[str]
 ) -> None:
+    """The control must be the same experiment, seed by seed, with nothing changed but the defense."""
     if spec.control is None or _is_control(spec, row):
         return
     # defense.k1 is a setting of this defense: its control has none
     shared = [key for key in row if key.partition(".")[0] not in spec.control]
-    if any(_is_control(spec, other) and all(other[key] == row[key] for key in shared) for other in rows):
+    frame = results.frame
+    controls = [other for other in rows if _is_control(spec, other) and all(other[key] == row[key] for key in shared)]
+    if controls:
+        theirs = [run for other in controls for run in frame[_matches(frame, other, or_null=False)]["run_id"].unique()]
+        differing = results.differences([*members, *theirs], row.get("attack"))
+        differing = {k: v for k, v in differing.items() if k.partition(".")[0] not in spec.control}
+        if differing:
+            key, values = next(iter(differing.items()))
+            raise ConfigError(
+                f"table {spec.name}: {_name(row)} and its control differ in {', '.join(differing)} and cannot be "
+                f"compared. Choose with +table.filters.{key}={values[0]} or runs=..."
+            )
+        seeds, control_seeds = (set(frame[frame["run_id"].isin(runs)]["seed"]) for runs in (members, theirs))
+        if not seeds <= control_seeds:
+            lacking = str(min(seeds - control_seeds))
+            again = results.command(members[0], **{k: str(v) for k, v in spec.control.items()}, seed=lacking)
+            raise MissingCellError(f"table {spec.name}: {_name(row)} has no control with seed={lacking}. Run: {again}")
         return
+    run_id = members[0]
     changes = {key: str(value) for key, value in spec.control.items()}
     changes |= {"attack": f"[{row['attack']}]"} if row.get("attack") else {}
     raise MissingCellError(

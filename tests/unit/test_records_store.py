@@ -107,6 +107,30 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_earlier_lines_whole(
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_what_another_process_appended_counts_and_a_full_disk_does_not_take_it_away(
+    store: RecordStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append(_records(2))
+    other = RecordStore(path)
+    other.append(_records(3))
+    other.close()
+    before = path.read_bytes()
+    assert store.offset == len(before)
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageError, match="those before are intact"):
+            store.append(_records(1))
+    assert path.read_bytes() == before
+    store.append(_records(1))
+    assert len(path.read_text().splitlines()) == 6
+    store.truncate(len(before))
+    assert path.read_bytes() == before
+
+
 def test_a_real_limit_on_the_files_size_does_the_same(store: RecordStore, path: Path) -> None:
     store.append(_records(2))
     before = path.read_bytes()

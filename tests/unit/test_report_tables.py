@@ -120,6 +120,31 @@ def test_without_its_overrides_a_run_is_named_by_its_records(tmp_path: Path) -> 
     assert str(error.value).endswith(words)
 
 
+def test_a_control_of_another_experiment_is_none(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    make_run(tmp_path, "rb", defense="dgp", settings={"k1": 0.05})
+    assert _table(tmp_path).rows
+    config = tmp_path / "made" / "ra" / "config.yaml"
+    config.write_text(config.read_text() + "model: {width: 99}\n")
+    with pytest.raises(ConfigError, match=r"its control differ in model\.width"):
+        _table(tmp_path)
+
+
+def test_a_control_of_another_seed_is_none(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", seed=0)
+    make_run(tmp_path, "rb", defense="dgp", seed=5, overrides=["defense=dgp", "attack.dlg.steps=2", "seed=5"])
+    with pytest.raises(MissingCellError, match=r"no control with seed=5.*attack\.dlg\.steps=2.*defense=none seed=5"):
+        _table(tmp_path)
+
+
+def test_the_command_for_a_control_keeps_the_attacks_settings(tmp_path: Path) -> None:
+    words = ["defense=dgp", "defense.k1=0.1", "attack=[dlg,ig]", "attack.dlg.steps=2", "attack.ig.steps=3"]
+    make_run(tmp_path, "rb", defense="dgp", overrides=words)
+    with pytest.raises(MissingCellError) as error:
+        _table(tmp_path)
+    assert str(error.value).endswith("gia-bench attack.dlg.steps=2 defense=none 'attack=[dlg]'")
+
+
 def test_a_control_under_another_attack_is_none(tmp_path: Path) -> None:
     make_run(tmp_path, "ra", attacks=("dlg",))
     make_run(tmp_path, "rb", defense="dgp", attacks=("ig",))

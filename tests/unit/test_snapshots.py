@@ -1,0 +1,96 @@
+"""The state of a running attack: found again whole, or named as corrupt."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from gia_bench.errors import DataError
+from gia_bench.probes.snapshots import FileSnapshots
+from gia_bench.records.archives import whole
+
+STATE = {"step": 7, "candidate": torch.arange(24.0).reshape(2, 3, 4), "best": torch.full((2,), float("inf"))}
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path) -> FileSnapshots:
+    return FileSnapshots(tmp_path / "snapshots", "round000001_dlg_", seconds=0)
+
+
+@pytest.fixture
+def path(snapshots: FileSnapshots) -> Path:
+    snapshots.save("3", STATE)
+    [path] = snapshots.folder.iterdir()
+    return path
+
+
+def test_a_state_comes_back_as_it_was_saved(snapshots: FileSnapshots, path: Path) -> None:
+    assert whole(path)
+    state = snapshots.load("3")
+    assert state is not None
+    torch.testing.assert_close(dict(state), STATE)
+    assert snapshots.load("4") is None
+
+
+def test_a_flipped_byte_in_the_middle_is_named_with_what_to_do(snapshots: FileSnapshots, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = content.index(STATE["candidate"].numpy().tobytes())  # type: ignore[attr-defined]
+    content[place + 40] ^= 0x20  # still a float: torch.load alone would believe it
+    path.write_bytes(content)
+    assert torch.load(io.BytesIO(content), weights_only=True)["step"] == 7
+    assert not whole(path)
+    with pytest.raises(DataError, match=rf"{path.name} is corrupt; delete it to start this attack again\.$"):
+        snapshots.load("3")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_cut_file_is_named_too(snapshots: FileSnapshots, path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match="delete it to start this attack again"):
+        snapshots.load("3")
+
+
+def test_an_archive_of_something_else_is_named_too(snapshots: FileSnapshots, path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "dear reader")
+    assert whole(path)
+    with pytest.raises(DataError, match="delete it to start this attack again"):
+        snapshots.load("3")
+
+
+def test_no_flipped_byte_goes_unseen_or_ends_in_an_unforeseen_error(snapshots: FileSnapshots, path: Path) -> None:
+    content = path.read_bytes()
+    named = 0
+    for place in range(0, len(content), 3):
+        broken = bytearray(content)
+        broken[place] ^= 0xFF
+        path.write_bytes(broken)
+        try:
+            state = snapshots.load("3")
+        except DataError:
+            named += 1
+            continue
+        assert state is not None
+        torch.testing.assert_close(dict(state), STATE)  # padding, or a date
+    assert named > 100
+
+
+def test_a_checkpoint_of_a_run_is_checked_the_same_way(tmp_path: Path) -> None:
+    path = tmp_path / "round3.ckpt"
+    torch.save({"weights": torch.zeros(5000)}, path)
+    assert whole(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert not whole(path)
+
+
+def test_a_file_that_is_absent_is_not_called_corrupt(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        whole(tmp_path / "absent.ckpt")
