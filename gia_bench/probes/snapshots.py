@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, final
 
 import torch
 
-from gia_bench.errors import StorageError
+from gia_bench.errors import DataError, StorageError
+from gia_bench.records.archives import whole
 
 
 @final
@@ -22,11 +24,17 @@ class FileSnapshots:
         self._last = time.monotonic()
 
     def load(self, key: str) -> Mapping[str, Any] | None:
-        """The state that was saved last, or None."""
+        """The state that was saved last, or None. Raises ``DataError`` for a corrupt file."""
         path = self._path(key)
         if not path.exists():
             return None
-        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        corrupt = DataError(f"The saved state of an attack {path} is corrupt; delete it to start this attack again.")
+        if not whole(path):
+            raise corrupt
+        try:
+            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise corrupt from error
         return state
 
     def save(self, key: str, state: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, final
 
-from gia_bench.errors import ConfigError, choices
+from gia_bench.errors import ConfigError, StorageError, choices
 from gia_bench.records.runs import write_atomic
 from gia_bench.records.schema import Record
 from gia_bench.records.store import read
@@ -61,7 +61,13 @@ class CsvMirror:
         """A CSV file shows no images."""
 
     def close(self) -> None:
-        """Write the file, whether the run was resumed or not."""
+        """Write the file, whether the run was resumed or not. A warning says where that fails: the run is done."""
+        try:
+            self._write()
+        except StorageError as error:
+            warnings.warn(f"{error} records.jsonl is complete without it.", UserWarning, stacklevel=2)
+
+    def _write(self) -> None:
         frame = read(self.folder / "records.jsonl").dropna(subset=["value", "round"])
         column = frame["metric"].where(frame["attack"].isna(), frame["attack"] + "/" + frame["metric"])
         table = frame.assign(column=column).pivot_table(
@@ -109,9 +115,9 @@ class WandbMirror:
         self._log("log_image", key=f"images/{path.stem}", images=grid, caption=names)
 
     def close(self) -> None:
-        """Let W&B finish its files."""
+        """Let W&B finish its files, broken or not: the next run of a sweep must not get this one's W&B run."""
         if self._logger is not None:
-            self._guard(self._logger.experiment.finish)
+            self._guard(lambda: self._logger.experiment.finish(), last=True)
 
     def _log(self, method: str, *args: Any, **kwargs: Any) -> None:
         self._guard(lambda: getattr(self._started(), method)(*args, **kwargs))
@@ -125,14 +131,16 @@ class WandbMirror:
             self._logger = WandbLogger(experiment=wandb.init(settings=settings, **self._init))
         return self._logger
 
-    def _guard(self, action: Callable[[], object]) -> None:
-        if self._broken:
+    def _guard(self, action: Callable[[], object], last: bool = False) -> None:
+        if self._broken and not last:
             return
         try:
             action()
         except Exception as error:  # noqa: BLE001 (whatever breaks in W&B, a record must never be lost by it)
-            self._broken = True
-            warnings.warn(f"W&B stopped ({error}); records.jsonl goes on without it.", UserWarning, stacklevel=2)
+            known, self._broken = self._broken, True
+            if not known:
+                cause = " ".join(str(error).split())
+                warnings.warn(f"W&B stopped ({cause}); records.jsonl goes on without it.", UserWarning, stacklevel=2)
 
 
 def _by_round(records: Sequence[Record]) -> dict[int, dict[str, float]]:

@@ -18,7 +18,7 @@ _INTEGERS = ("seed", "round", "client", "victim")
 
 @final
 class RecordStore:
-    """Appends records to one file and knows how long it is, so that a checkpoint can say what it has seen.
+    """Appends records to one file and tells how long it is, so that a checkpoint can say what it has seen.
 
     A line that a killed writer left unfinished is cut off when the store opens. Every method raises ``StorageError``
     with the file and the cause where the disk is full or the folder cannot be written.
@@ -30,8 +30,7 @@ class RecordStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             # unbuffered: what was written is known exactly when a write fails
             self._file = path.open("ab", buffering=0)
-            self._size = _end_of_last_line(path)
-            self._cut(self._size)
+            self._cut(_end_of_last_line(path))
         except OSError as problem:
             raise self._error("cannot be opened for writing", problem) from problem
 
@@ -41,37 +40,36 @@ class RecordStore:
 
     @property
     def offset(self) -> int:
-        """Bytes in the file."""
-        return self._size
+        """Bytes in the file now, those of other processes included."""
+        return os.fstat(self._file.fileno()).st_size
 
     def append(self, records: Iterable[Record]) -> None:
         """Write one line per record and wait for the disk. Where that fails, the file keeps the earlier lines alone."""
         lines = "".join(record.to_json() + "\n" for record in records).encode()
+        before = self.offset
         try:
             unwritten = memoryview(lines)
             while unwritten:
                 unwritten = unwritten[os.write(self._file.fileno(), unwritten) :]
             os.fsync(self._file.fileno())
         except OSError as problem:
-            self._cut(self._size)
+            self._cut(before)
             raise self._error("cannot take more records; those before are intact", problem) from problem
-        self._size += len(lines)
 
     def truncate(self, offset: int) -> None:
         """Drop everything after ``offset``, an earlier value of ``self.offset``: what a checkpoint has not seen."""
         with self.path.open("rb") as file:
             file.seek(max(offset - 1, 0))
             on_boundary = offset == 0 or file.read(1) == b"\n"
-        if not on_boundary or offset > self._size:
+        if not on_boundary or offset > self.offset:
             raise StorageError(
-                f"{self.path} has {self._size} bytes and no line ends at byte {offset}, where the checkpoint stands: "
+                f"{self.path} has {self.offset} bytes and no line ends at byte {offset}, where the checkpoint stands: "
                 "it is not the file of that checkpoint. Start the run again with force=true."
             )
         try:
             self._cut(offset)
         except OSError as problem:
             raise self._error("cannot be shortened", problem) from problem
-        self._size = offset
 
     def close(self) -> None:
         """Let go of the file."""

@@ -24,7 +24,7 @@ def break_wandb() -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise wandb.errors.CommError("no connection")
 
-    wandb.init = refuse
+    wandb.init = refuse  # type: ignore[assignment]
 
 
 def test_an_offline_run_is_mirrored_and_a_broken_one_loses_no_record(tmp_path: Path) -> None:
@@ -37,30 +37,15 @@ def test_an_offline_run_is_mirrored_and_a_broken_one_loses_no_record(tmp_path: P
     assert list((tmp_path / "whole").rglob("media/images/**/*.png"))
 
     broken = run(*RUN, f"paths.outputs={tmp_path / 'broken'}", before=break_wandb)
-    refused = run(*RUN, f"paths.outputs={tmp_path / 'refused'}", environment={"WANDB_MODE": "bogus"})
-    for name, done, cause in (("broken", broken, "CommError: no connection"), ("refused", refused, "ValidationError")):
-        assert done.status == 0, done.err
-        assert done.err.count("W&B stopped") == 1
-        assert f"W&B stopped ({cause}" in done.err
-        pd.testing.assert_frame_equal(records(tmp_path / name), records(tmp_path / "whole"))
-
-
-def test_the_csv_file_has_one_row_per_round(tmp_path: Path) -> None:
-    done = run(*RUN, "logger=csv", f"paths.outputs={tmp_path}")
-    assert done.status == 0, done.err
-    assert "stopped" not in done.err
-    [path] = tmp_path.rglob("metrics.csv")
-    table = pd.read_csv(path, index_col="round")
-    assert table.index.tolist() == [0, 1, 2]
-    assert table["test_accuracy"].notna().tolist() == [False, True, True]
-    psnr = records(tmp_path).query("metric == 'psnr_db'")["value"].median()
-    assert table["inverting_gradients_fast/psnr_db"].dropna().to_dict() == {1: psnr}
+    assert broken.status == 0, broken.err
+    assert "W&B stopped (no connection)" in broken.err
+    pd.testing.assert_frame_equal(records(tmp_path / "broken"), records(tmp_path / "whole"))
 
 
 def test_settings_that_wandb_refuses_lose_no_record(tmp_path: Path) -> None:
     done = run(*RUN, f"paths.outputs={tmp_path}", environment={"WANDB_MODE": "bogus"})
     assert done.status == 0, done.err
-    assert "W&B stopped" in done.err
+    assert done.err.count("W&B stopped") == 1
     assert (records(tmp_path).metric == "psnr_db").any()
 
 

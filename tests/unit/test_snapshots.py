@@ -81,6 +81,15 @@ def test_no_flipped_byte_goes_unseen_or_ends_in_an_unforeseen_error(snapshots: F
     assert named > 100
 
 
+def test_a_number_that_is_marked_as_a_folder_is_not_believed(snapshots: FileSnapshots, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # in the archive's table of contents
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is corrupt"):
+        snapshots.load("3")
+
+
 def test_a_checkpoint_of_a_run_is_checked_the_same_way(tmp_path: Path) -> None:
     path = tmp_path / "round3.ckpt"
     torch.save({"weights": torch.zeros(5000)}, path)
@@ -89,8 +98,3 @@ def test_a_checkpoint_of_a_run_is_checked_the_same_way(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert not whole(path)
-
-
-def test_a_file_that_is_absent_is_not_called_corrupt(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        whole(tmp_path / "absent.ckpt")
