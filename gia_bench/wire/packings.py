@@ -59,7 +59,9 @@ class Codes:
         return (2 * self.levels).bit_length()
 
     def pack(self, row: Tensor) -> tuple[Tensor, ...] | None:
-        """The codes (uint8, packed) and the unit [1]."""
+        """The codes (uint8, packed) and the unit [1]; None for NaN and infinity, which have no code."""
+        if not row.isfinite().all():
+            return None
         for unit in self._units(row):
             codes = self._codes(row, unit)
             if _same(codes * unit, row):

@@ -72,7 +72,8 @@ def short(file: Path) -> Attack:
 
 def observed(attack: Attack) -> Problem:
     """Two victims that fit the attack, and everything it may ask to see."""
-    net = mlp((1, 8, 8), 4, hidden=(6,)) if isinstance(attack, Analytic) else None
+    # tanh: of six ReLU units all may be dead
+    net = mlp((1, 8, 8), 4, hidden=(6,), activation="tanh") if isinstance(attack, Analytic) else None
     p = problem(2, module=net, dtype=torch.float64)
     if Knowledge.LABELS not in attack.requires:
         return p

@@ -123,7 +123,7 @@ def test_a_loop_and_vmap_over_clients_give_equal_updates(local: FedSGD | FedAvg)
     noises = [defense.draw(params, Batch(*(t[c] for t in everything)), stream(0, c)) for c in range(CLIENTS)]
 
     def run(batch: Batch, noise: dict[str, Tensor]) -> Update:
-        return local.run(model, defense, params, buffers, batch, noise, None, 0).update
+        return local.run(model, defense, params, buffers, batch, noise, None).update
 
     stacked = {k: torch.stack([n[k] for n in noises]) for k in noises[0]}
     together = torch.vmap(run)(everything, stacked)
