@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import cast
 
 import hydra
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gia_bench.conf_path import CONF
 from gia_bench.records.runs import write_atomic
 from gia_bench.report.figures import FigureSpec
-from gia_bench.report.render import to_csv, to_markdown, to_rich
+from gia_bench.report.render import to_csv, to_markdown, to_rich, wide_enough
 from gia_bench.report.results import Results
 from gia_bench.report.tables import TableSpec, build
 
@@ -30,10 +31,8 @@ def report(folders: list[Path], spec: TableSpec | None, figures: list[FigureSpec
     files: dict[Path, bytes] = {}
     if spec is not None:
         table = build(spec, results)
-        # a pipe or a narrow window would break the numbers in the middle
-        Console(width=max(Console().width, 30 + 8 * (len(table.spec.rows) + len(table.spec.columns)))).print(
-            to_rich(table)
-        )
+        view = to_rich(table)
+        wide_enough(Console(), view).print(view)
         files[output / f"{spec.name}.md"] = to_markdown(table).encode()
         files[output / f"{spec.name}.csv"] = to_csv(table).encode()
     files |= {output / f"{figure.name}.png": _png(figure.draw(results)) for figure in figures}
@@ -52,12 +51,22 @@ def _png(figure: Figure) -> bytes:
 def _hydra_main(cfg: DictConfig) -> None:
     made = instantiate(cfg, _convert_="all")
     figures = cast("list[FigureSpec]", list(made["figure"].values()))
-    for path in report([Path(folder) for folder in made["runs"]], made["table"], figures, Path(made["output"])):
+    for path in report([Path(folder) for folder in made["runs"]], made.get("table"), figures, Path(made["output"])):
         print(path)
+
+
+def _choices(group: str) -> str:
+    """The choices of a config group, for the help: Hydra would list all groups, also those of training."""
+    return ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+
+
+OmegaConf.register_new_resolver("gia_bench.choices", _choices, replace=True)
 
 
 def main() -> None:
     """The console script; a problem the user can mend is one sentence and exit status 1."""
     from gia_bench.app import run_as_command
 
+    # Hydra reads null in a config, but not as a group's choice on the command line
+    sys.argv = ["table=[]" if word == "table=null" else word for word in sys.argv]
     run_as_command(_hydra_main, "gia-bench-report")

@@ -15,6 +15,7 @@ from gia_bench.errors import ConfigError, choices
 from gia_bench.metrics.statistics import STATISTICS
 from gia_bench.records.images import ImagePair, load_images
 from gia_bench.records.schema import METRICS
+from gia_bench.report.control import check_control
 from gia_bench.report.results import MissingCellError, Results
 
 _Block: TypeAlias = dict[str, ImagePair]
@@ -98,7 +99,8 @@ class PrivacyUtility:
     """Test accuracy against the leak, one point per defense and setting, the Pareto front drawn.
 
     metric: a leak per victim; a point is its median under the attack that leaks most. Accuracy is the mean over runs of
-    the last measured one. filters as in tables.
+    the last measured one. filters as in tables. Where there are undefended runs, every other run must be of the same
+    experiment: their settings, attacks and seeds.
     """
 
     name: str = "privacy_utility"
@@ -131,6 +133,7 @@ class PrivacyUtility:
 
     def points(self, results: Results) -> dict[str, tuple[float, float]]:
         """Label -> (leak, accuracy)."""
+        self._check_controls(results)
         frame = results.frame.assign(label=results.frame["run_id"].map(results.labels)).dropna(subset=["value"])
         leaks = frame[frame["metric"] == self.metric].groupby(["label", "attack"])["value"].agg(STATISTICS["median"])
         utility = frame[frame["metric"] == "test_accuracy"]
@@ -144,6 +147,18 @@ class PrivacyUtility:
                     again = results.command(run_id, force="true")
                     raise MissingCellError(f"figure {self.name}: {label} has no value of {name}. Run: {again}")
         return {str(label): (float(leak[label]), float(accuracy[label])) for label in leak.index}
+
+    def _check_controls(self, results: Results) -> None:
+        defenses = results.frame.groupby("run_id")["defense"].first()
+        undefended = defenses == "none"
+        attacks = results.frame["attack"].dropna().unique().tolist()
+        filters = f"figure.{self.name}.filters"
+        control = {"defense": "none"}
+        controls = defenses.index[undefended].tolist()
+        labels = defenses.index.to_series().map(results.labels)[~undefended]
+        for label, own in labels.groupby(labels) if controls else ():
+            what, members = f"figure {self.name}: {label}", own.index.tolist()
+            check_control(results, what, members, controls, control=control, attacks=attacks, filters=filters)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

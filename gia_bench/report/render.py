@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import Any, final
+from typing import Any, Literal, final
 
 from rich import box
 from rich import table as rich_table
+from rich.console import Console
+from rich.measure import Measurement
 from rich.text import Text
 
 from gia_bench.records.schema import METRICS
 from gia_bench.report.tables import Cell, Column, Table
 
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓", None: ""}
+_UNLIMITED = 100_000  # columns
 LEGEND = (
     "↑ ↓: better for the defender. [low, high]: 95 % bootstrap interval over n victims; failed ones are not among n."
 )
@@ -36,18 +39,24 @@ class _Footnotes:
 
 
 def to_rich(table: Table) -> rich_table.Table:
-    """For ``rich.console.Console.print``; intervals stand below their number, so that a hundred columns do."""
+    """For the console that ``wide_enough`` gives; intervals stand below their number to keep it narrow."""
     header, body, footer = _text(table)
     # Text: in a plain string rich reads "[low, high]" as markup
     title, below = Text(table.spec.title), Text("\n".join(footer))
     view = rich_table.Table(title=title, caption=below, caption_justify="left", box=box.SIMPLE_HEAD)
     view.pad_edge, view.collapse_padding = False, True
     for name in header:
-        key = name in table.spec.rows  # the name of a row is never broken
-        view.add_column(Text(name.replace(" ", "\n", 1)), justify="left" if key else "right", no_wrap=key)
+        justify: Literal["left", "right"] = "left" if name in table.spec.rows else "right"
+        view.add_column(Text(name.replace(" ", "\n", 1)), justify=justify, no_wrap=True)
     for row in body:
         view.add_row(*(Text(cell.replace(" [", "\n[").replace("] n=", "]\nn=").replace(" (", "\n(")) for cell in row))
     return view
+
+
+def wide_enough(console: Console, view: rich_table.Table) -> Console:
+    """``console``, or a wider one on the same stream: rich would cut the numbers of a table that is too wide."""
+    needed = Measurement.get(console, console.options.update(width=_UNLIMITED), view).maximum
+    return console if needed <= console.width else Console(file=console.file, width=needed)
 
 
 def to_markdown(table: Table) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,14 +68,14 @@ class Results:
             frame = frame[applies | frame[key].isna()] if key in KEYS else frame[applies]
         return Results({run_id: self.runs[run_id] for run_id in frame["run_id"].unique()}, frame)
 
-    def differences(self, run_ids: Iterable[str], attack: str | None = None) -> dict[str, list[Any]]:
+    def differences(self, run_ids: Iterable[str], attacks: Collection[str] = ()) -> dict[str, list[Any]]:
         """Settings in which runs differ -> their values, but for the seed and what leaves numbers alone.
 
-        With ``attack``, the settings of other attacks do not count.
+        With ``attacks``, the settings of other attacks do not count.
         """
         flat = [self._flat[run_id] for run_id in run_ids]
         keys = dict.fromkeys(key for settings in flat for key in settings)
-        others = [k for k in keys if attack and k.startswith("attack.") and not k.startswith(f"attack.{attack}.")]
+        others = [k for k in keys if attacks and k.startswith("attack.") and k.split(".")[1] not in attacks]
         values = {key: list(dict.fromkeys(str(s.get(key)) for s in flat)) for key in keys if key not in others}
         return {key: different for key, different in values.items() if len(different) > 1}
 
@@ -109,15 +109,21 @@ class Results:
 
     @cached_property
     def _flat(self) -> dict[str, dict[str, Any]]:
-        configs = {
-            run_id: {k: v for k, v in run.config.items() if k not in _NEUTRAL} for run_id, run in self.runs.items()
-        }
-        return {run_id: dict(_leaves(config)) for run_id, config in configs.items()}
+        return {run_id: _settings(run.config) for run_id, run in self.runs.items()}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What numbers depend on, by dotted path. Files below paths.data are the same wherever that is."""
+    leaves = dict(_leaves({key: value for key, value in config.items() if key not in _NEUTRAL}))
+    leaves.pop("dataset.download", None)
+    data = str(_lookup(config, "paths.data"))
+    return {key: value.removeprefix(data) if isinstance(value, str) else value for key, value in leaves.items()}
 
 
 def _replaced(key: str, changes: Mapping[str, str]) -> bool:
     """Whether a word on the command line falls to ``changes``: the group's choice, and the old choice's settings."""
     group, _, setting = key.partition(".")
+    group = group.partition("@")[0]  # defense@defense.stages.first
     if group == "attack" and setting:
         # an attack that is launched again keeps its settings
         return group in changes and setting.partition(".")[0] not in changes[group].strip("[]").split(",")

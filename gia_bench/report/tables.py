@@ -11,6 +11,7 @@ import pandas as pd
 from gia_bench.errors import ConfigError, choices
 from gia_bench.metrics.statistics import STATISTICS, Statistic, Summary, summarize
 from gia_bench.records.schema import METRICS
+from gia_bench.report.control import check_control
 from gia_bench.report.results import MissingCellError, Results
 
 ROUNDS = ("row", "all", "last")
@@ -168,6 +169,10 @@ def _of(records: pd.DataFrame, metric: str, column: Column) -> pd.DataFrame:
     return measured
 
 
+def _attacks(row: Mapping[str, Any]) -> list[str]:
+    return [row["attack"]] if row.get("attack") else []
+
+
 def _name(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in row.items())
 
@@ -194,19 +199,10 @@ def _check_control(
     controls = [other for other in rows if _is_control(spec, other) and all(other[key] == row[key] for key in shared)]
     if controls:
         theirs = [run for other in controls for run in frame[_matches(frame, other, or_null=False)]["run_id"].unique()]
-        differing = results.differences([*members, *theirs], row.get("attack"))
-        differing = {k: v for k, v in differing.items() if k.partition(".")[0] not in spec.control}
-        if differing:
-            key, values = next(iter(differing.items()))
-            raise ConfigError(
-                f"table {spec.name}: {_name(row)} and its control differ in {', '.join(differing)} and cannot be "
-                f"compared. Choose with +table.filters.{key}={values[0]} or runs=..."
-            )
-        seeds, control_seeds = (set(frame[frame["run_id"].isin(runs)]["seed"]) for runs in (members, theirs))
-        if not seeds <= control_seeds:
-            lacking = str(min(seeds - control_seeds))
-            again = results.command(members[0], **{k: str(v) for k, v in spec.control.items()}, seed=lacking)
-            raise MissingCellError(f"table {spec.name}: {_name(row)} has no control with seed={lacking}. Run: {again}")
+        what = f"table {spec.name}: {_name(row)}"
+        check_control(
+            results, what, members, theirs, control=spec.control, attacks=_attacks(row), filters="table.filters"
+        )
         return
     run_id = members[0]
     changes = {key: str(value) for key, value in spec.control.items()}
@@ -218,7 +214,7 @@ def _check_control(
 
 
 def _check_pool(spec: TableSpec, results: Results, row: dict[str, Any], members: list[str]) -> None:
-    differing = results.differences(members, row.get("attack"))
+    differing = results.differences(members, _attacks(row))
     if differing:
         key, values = next(iter(differing.items()))
         raise ConfigError(

@@ -31,16 +31,21 @@ def make_run(
     leave_out: tuple[str, ...] = (),
     images: bool = False,
     overrides: list[str] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Path:
-    """A finished run with two measured rounds; its client sends 100 of 1,000 bytes under a defense."""
+    """A finished run with two measured rounds; its client sends 100 of 1,000 bytes under a defense.
+
+    settings: of the defense; config: sections that replace those of the config.
+    """
     folder = root / "made" / run_id
-    config = {
+    whole = {
         "name": "made",
         "seed": seed,
         "defense": settings or {},
         "attack": {name: {"steps": 10} for name in attacks},
+        **(config or {}),
     }
-    write_config(folder, yaml.safe_dump(config))
+    write_config(folder, yaml.safe_dump(whole))
     more: dict[str, Any] = {} if overrides is None else {"overrides": overrides}
     write_status(folder, "running", **more)
     who: dict[str, Any] = {

@@ -69,7 +69,7 @@ def test_gray_images_keep_their_contrast(two_runs: Path) -> None:
 
 def test_a_point_is_the_strongest_attack_and_the_last_accuracy(tmp_path: Path) -> None:
     make_run(tmp_path, "ra", attacks=("dlg", "ig"))
-    make_run(tmp_path, "rb", defense="dgp")
+    make_run(tmp_path, "rb", defense="dgp", attacks=("dlg", "ig"))
     points = PrivacyUtility().points(Results.load(tmp_path))
     assert set(points) == {"none", "dgp"}
     assert points["none"] == pytest.approx((18.0, 0.9))
@@ -77,6 +77,35 @@ def test_a_point_is_the_strongest_attack_and_the_last_accuracy(tmp_path: Path) -
     figure = PrivacyUtility().draw(Results.load(tmp_path))
     assert {text.get_text() for text in figure.axes[0].texts} == {"none", "dgp"}
     assert "lower is more private" in figure.axes[0].get_xlabel()
+
+
+def test_a_point_is_compared_with_undefended_runs_of_the_same_experiment_only(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    make_run(tmp_path, "rb", defense="dgp", config={"model": {"hidden": 64}})
+    with pytest.raises(ConfigError, match=r"privacy_utility: dgp and its control differ in model\.hidden and") as error:
+        PrivacyUtility().draw(Results.load(tmp_path))
+    assert "+figure.privacy_utility.filters.model.hidden=" in str(error.value)
+    assert set(PrivacyUtility().points(Results.load(tmp_path).where({"defense": "dgp"}))) == {"dgp"}
+
+
+def test_a_point_needs_the_seeds_and_attacks_of_the_undefended_runs(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", attacks=("dlg", "ig"))
+    make_run(tmp_path, "rb", defense="dgp")
+    with pytest.raises(ConfigError, match=r"differ in attack\.ig\.steps and"):
+        PrivacyUtility().draw(Results.load(tmp_path))
+    of_dlg = PrivacyUtility(filters={"attack": "dlg"})
+    assert set(of_dlg.points(Results.load(tmp_path).where(of_dlg.filters))) == {"none", "dgp"}
+    make_run(tmp_path, "rc", defense="dgp", seed=5, overrides=["seed=5", "defense=dgp"])
+    with pytest.raises(
+        MissingCellError, match=r"dgp has no control with seed=5\. Run: gia-bench.* defense=none seed=5$"
+    ):
+        of_dlg.draw(Results.load(tmp_path))
+
+
+def test_defenses_without_any_undefended_run_are_drawn_as_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", defense="dgp")
+    make_run(tmp_path, "rb", defense="top_k", seed=1)
+    assert set(PrivacyUtility().points(Results.load(tmp_path))) == {"dgp", "top_k"}
 
 
 def test_a_defense_without_accuracy_names_the_command(tmp_path: Path) -> None:
@@ -123,6 +152,33 @@ def test_the_command_ends_with_a_sentence_and_not_with_a_traceback(
     assert "Traceback" not in error
     assert "has no control with defense=none" in error
     assert "defense=none" in error.splitlines()[-1]
+
+
+def test_no_table_and_no_figure_write_nothing_for_it(
+    two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = ["gia-bench-report", f"paths.outputs={two_runs}", f"output={output}", "table=null"]
+    monkeypatch.setattr(sys, "argv", [*words, "figure=[privacy_utility]"])
+    app.main()
+    assert [path.name for path in output.iterdir()] == ["privacy_utility.png"]
+    assert "none" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "figure=[]"])
+    app.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_help_lists_what_this_command_reads_and_no_group_of_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gia-bench-report", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        app.main()
+    lines = capsys.readouterr().out.splitlines()
+    for group in ("table", "figure"):
+        known = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        assert any(line.startswith(group) and line.endswith(known) for line in lines)
+    assert not any(line.startswith(("attack", "defense:", "model", "trainer")) for line in lines)
 
 
 CONFIGS = [path for group in ("table", "figure", "metrics") for path in sorted((CONF / group).glob("*.yaml"))]

@@ -15,7 +15,7 @@ from gia_bench.errors import ConfigError, StorageError
 from gia_bench.records.runs import write_status
 from gia_bench.records.schema import Record
 from gia_bench.records.store import RecordStore
-from gia_bench.report.render import to_csv, to_markdown, to_rich
+from gia_bench.report.render import to_csv, to_markdown, to_rich, wide_enough
 from gia_bench.report.results import MissingCellError, Results
 from gia_bench.report.tables import Column, Table, TableSpec, build
 
@@ -152,6 +152,48 @@ def test_a_control_under_another_attack_is_none(tmp_path: Path) -> None:
         _table(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "config"),
+    [
+        ("model.hidden", {"model": {"hidden": 64}}),
+        ("dataset.size", {"dataset": {"size": 16}}),
+        ("fl.rounds", {"fl": {"rounds": 5}}),
+        ("attack.dlg.steps", {"attack": {"dlg": {"steps": 300}}}),
+    ],
+)
+def test_a_control_differs_in_nothing_but_the_defense(tmp_path: Path, key: str, config: dict[str, Any]) -> None:
+    make_run(tmp_path, "ra")
+    make_run(tmp_path, "rb", defense="dgp", config=config)
+    with pytest.raises(ConfigError, match=rf"attack=dlg and its control differ in {key} and cannot be compared"):
+        _table(tmp_path)
+
+
+def test_a_control_may_differ_in_the_defense_in_other_attacks_and_in_where_its_files_lie(tmp_path: Path) -> None:
+    here, there = ({"paths": {"data": d}, "dataset": {"root": d, "download": d == "/a"}} for d in ("/a", "/b"))
+    make_run(tmp_path, "ra", attacks=("dlg", "ig"), settings={"_target_": "none"}, config=here)
+    make_run(tmp_path, "rb", defense="dgp", settings={"_target_": "dgp", "k1": 0.1}, config=there)
+    assert len(_table(tmp_path).rows) == 3
+
+
+def test_every_model_has_a_control_of_its_own(tmp_path: Path) -> None:
+    for defense in ("none", "dgp"):
+        for hidden in (32, 64):
+            make_run(tmp_path, f"{defense}{hidden}", defense=defense, config={"model": {"hidden": hidden}})
+    assert len(_table(tmp_path, rows=("model.hidden", "defense", "attack")).rows) == 4
+
+
+def test_the_command_for_a_control_drops_the_stages_of_a_chain(tmp_path: Path) -> None:
+    words = [
+        "attack=[dlg]", "+attack.dlg.priors.tv=1", "defense=chain", "~defense@defense.stages.second",
+        "defense@defense.stages.first=top_k", "fl.rounds=5",
+    ]  # fmt: skip
+    make_run(tmp_path, "rb", defense="chain", overrides=words)
+    with pytest.raises(MissingCellError) as error:
+        _table(tmp_path)
+    kept = "+attack.dlg.priors.tv=1 fl.rounds=5"
+    assert str(error.value).endswith(f"Run: gia-bench {kept} defense=none 'attack=[dlg]'")
+
+
 def test_a_table_may_do_without_a_control(tmp_path: Path) -> None:
     make_run(tmp_path, "rb", defense="dgp")
     assert _lines(_table(tmp_path, control=None)) == ["| dgp | dlg | 8.0 [7.0, 9.0] n=3 |"]
@@ -233,6 +275,27 @@ def test_the_terminal_shows_every_number_and_the_brackets_of_the_interval(tmp_pa
     Console(file=stream, width=100).print(to_rich(_table(tmp_path)))
     for word in ("none", "dlg", "18.0", "[17.0, 19.0]", "n=3", "[low, high]"):
         assert word in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_the_terminal_never_cuts_a_number_however_many_columns(tmp_path: Path, width: int) -> None:
+    settings = {"threshold_of_everything": 0.123456789, "error_feedback": {"enabled": True}}
+    make_run(tmp_path, "ra", defense="dgp", settings=settings)
+    rows = ("dataset", "model", "fl", "threat", "defense", "defense.threshold_of_everything", "attack", "seed")
+    columns = [Column(metric="psnr_db", title=f"PSNR {i}", digits=4, interval=True) for i in range(8)]
+    view = to_rich(_table(tmp_path, *columns, rows=rows, control=None))
+    stream = io.StringIO()
+    wide_enough(Console(file=stream, width=width), view).print(view)
+    printed = stream.getvalue()
+    assert "…" not in printed
+    assert printed.count("[7.0000, 9.0000]") == printed.count("8.0000") == 8
+    for word in (*rows, "curious_server", "0.123456789"):
+        assert word in printed
+
+
+def test_a_table_that_fits_leaves_the_width_alone(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    assert wide_enough(Console(file=io.StringIO(), width=100), to_rich(_table(tmp_path))).width == 100
 
 
 @pytest.mark.parametrize(
