@@ -18,6 +18,7 @@ from gia_bench.attacks.base import Attack
 from gia_bench.compatibility import check_examples, check_threat
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition, Scheme
+from gia_bench.data.public import public_examples
 from gia_bench.data.source import Dataset
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import ConfigError, GiaBenchError
@@ -29,6 +30,7 @@ from gia_bench.models.build import build_victim
 from gia_bench.probes.recorder import Origin
 from gia_bench.records.mirror import MirrorFactory
 from gia_bench.threat import ThreatModel
+from gia_bench.values import Examples
 
 PRECISIONS = ("32-true",)
 # what may differ between two runs that are the same run
@@ -72,6 +74,7 @@ class Experiment:
 
     run: Run
     data: FederatedDataModule
+    public: Examples
     rules: Rules
     schedule: Schedule
     threat: ThreatModel
@@ -113,17 +116,20 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
         mean=dataset.mean, std=dataset.std, seed=cfg.seed, prepare=defense.prepare_model,
     )  # fmt: skip
-    defense.check_victim(victim)
     for attack in attacks.values():
         attack.check_victim(victim)
     _bound("fl.server.optimizer", schedule.server.configure, parameters=victim.module.parameters())
+    partition = _partition(_make(cfg, "partition"), dataset, cfg.seed)
+    public: Examples = _bound("public", public_examples, dataset=dataset, partition=partition, **_make(cfg, "public"))
+    defense.check_victim(victim)
+    defense = defense.calibrate(victim, public)
     rules = Rules(
         victim=victim, defense=defense, local=schedule.local, executor=schedule.executor, seed=cfg.seed,
         weighting=schedule.weighting, on_nonfinite=schedule.on_nonfinite,
     )  # fmt: skip
     data = FederatedDataModule(
         dataset=dataset,
-        partition=_partition(_make(cfg, "partition"), dataset, cfg.seed),
+        partition=partition,
         local=schedule.local,
         clients_per_round=schedule.clients_per_round,
         seed=cfg.seed,
@@ -131,8 +137,8 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     for name, attack in attacks.items():
         check_examples(name, attack, threat, data, schedule)
     return Experiment(
-        run=run, data=data, rules=rules, schedule=schedule, threat=threat, attacks=attacks, metrics=metrics,
-        trainer=trainer, mirror=mirror, images=cfg.images,
+        run=run, data=data, public=public, rules=rules, schedule=schedule, threat=threat, attacks=attacks,
+        metrics=metrics, trainer=trainer, mirror=mirror, images=cfg.images,
     )  # fmt: skip
 
 

@@ -99,7 +99,8 @@ def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
     strategy = spawned if settings.strategy == "ddp_spawn" else settings.strategy
     leakage = LeakageProbe(
         recorder=recorder, attacks=experiment.attacks, threat=experiment.threat, metrics=experiment.metrics,
-        folder=folder, images=experiment.images, snapshot_every_seconds=settings.snapshot_every_seconds,
+        public=experiment.public, folder=folder, images=experiment.images,
+        snapshot_every_seconds=settings.snapshot_every_seconds,
     )  # fmt: skip
     # after a validation, and never between a round and its validation, which a resumed Trainer would leave out
     checkpoints = ModelCheckpoint(

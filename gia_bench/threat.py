@@ -8,7 +8,7 @@ from enum import Flag, auto
 from typing import TYPE_CHECKING, Protocol, final
 
 from gia_bench.errors import ConfigError, choices
-from gia_bench.values import Observation, Transcript, Truth
+from gia_bench.values import Examples, Observation, Transcript, Truth
 
 if TYPE_CHECKING:
     from gia_bench.defenses.base import Defense
@@ -28,6 +28,7 @@ class Knowledge(Flag):
     LOCAL = auto()
     SHARED = auto()
     DEFENSE = auto()
+    PUBLIC = auto()
 
 
 class Power(Flag):
@@ -89,6 +90,7 @@ class ThreatModel:
         *,
         local: LocalWork | None = None,
         defense: Defense | None = None,
+        public: Examples | None = None,
     ) -> Observation:
         """What this attacker holds about ``client`` (``None``: about the sum of the cohort).
 
@@ -115,4 +117,5 @@ class ThreatModel:
             local=local if sees(Knowledge.LOCAL) else None,
             defense=defense if sees(Knowledge.DEFENSE) else None,
             sent_buffers=sent,
+            public=public if sees(Knowledge.PUBLIC) else None,
         )

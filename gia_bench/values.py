@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -27,6 +27,19 @@ State: TypeAlias = dict[str, Tensor]
 """What a defense remembers between rounds, flat and by name, so that it can be stacked, stored and resumed."""
 Noise: TypeAlias = dict[str, Tensor]
 """Every random number one client's defense uses in one round, drawn before the work starts."""
+
+
+class Examples(Protocol):
+    """Labelled images, gathered when asked for: ``labels`` [N] int64."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Images [n, C, H, W], float32 in [0, 1], for ``indices`` [n] int64."""
+        ...
 
 
 class Batch(NamedTuple):
@@ -83,7 +96,7 @@ class Observation:
     params, buffers: the model the client started from; update: by parameter name, as the server decoded it;
     shared: the defense's announcement; labels: [B] int64; num_examples: B; local: the local work (FedAvg's steps
     and learning rate); defense: its public hyperparameters, for attackers who know the defense; sent_buffers:
-    the statistics that the client sent back.
+    the statistics that the client sent back; public: examples of the same kind that no client holds.
     """
 
     params: Params
@@ -95,6 +108,7 @@ class Observation:
     local: LocalWork | None = None
     defense: Defense | None = None
     sent_buffers: Buffers | None = None
+    public: Examples | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gia_bench.data.source import Dataset
 from gia_bench.errors import ConfigError
 from gia_bench.seeding import derive, stream
 
@@ -179,20 +178,6 @@ class ByWriter:
         return _partition(
             [torch.nonzero(torch.isin(groups, own)).flatten() for own in order.tensor_split(self.num_clients)]
         )
-
-
-def holdout(dataset: Dataset, num_examples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(train indices for the clients, auxiliary train indices for an attacker or a root set), disjoint and ascending.
-
-    Together they are the whole train split. Raises ``ConfigError`` where clients would be left without examples.
-    """
-    total = len(dataset.train)
-    if not 0 <= num_examples < total:
-        raise ConfigError(
-            f"A holdout of {num_examples} examples is not possible: {dataset.name} has {total} for training."
-        )
-    order = torch.randperm(total, generator=stream(seed, "holdout"))
-    return order[num_examples:].sort().values, order[:num_examples].sort().values
 
 
 def _partition(clients: Sequence[Tensor]) -> Partition:

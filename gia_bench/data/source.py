@@ -17,22 +17,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from gia_bench.errors import ConfigError, DataError
+from gia_bench.values import Examples
 
 
-class Source(Protocol):
-    """One split: ``labels`` [N] int64 and, where examples have writers, ``groups`` [N] int64, else None."""
-
-    @property
-    def labels(self) -> Tensor: ...
+class Source(Examples, Protocol):
+    """One split; where its examples have writers, ``groups`` is [N] int64, else None."""
 
     @property
     def groups(self) -> Tensor | None: ...
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: Tensor) -> Tensor:
-        """Images [n, C, H, W], float32 in [0, 1], for ``indices`` [n] int64."""
-        ...
 
 
 @final

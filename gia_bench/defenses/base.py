@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Shared, State, Update
+from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import DENSE, Codec
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class Defense(ABC):
     def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
         """Raises ``IncompatibleError`` for a model it cannot protect; asked once, when a run is composed."""
 
+    def calibrate(self, victim: Victim, public: Examples) -> Defense:
+        """The same defense with what it takes from the published model and public examples (GradDefense's root set);
+        asked once, when a run is composed. ``public``: examples that no client holds.
+        """
+        return self
+
     def announce(
         self,
         like: Params,
@@ -93,6 +99,10 @@ class Defense(ABC):
     def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
         """The server's use of the weighted mean, once a round."""
         return aggregate, server_state
+
+    def settle(self, params: Params, server_state: State) -> tuple[Params, State]:
+        """The server's model after the optimizer's step: of pruned learning, where its weights go to zero."""
+        return params, server_state
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """A differentiable stand-in for ``protect``, for attackers who know the defense: applied to dummy updates."""

@@ -17,7 +17,7 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
-from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Payload, Shared, State, Update
+from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Payload, Shared, State, Update
 from gia_bench.wire import ALIGNED, DENSE, Codec
 
 KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD)
@@ -100,6 +100,10 @@ class Chain(Defense):
         for stage in self.parts:
             stage.check_victim(victim)
 
+    def calibrate(self, victim: Victim, public: Examples) -> Defense:
+        """Every stage by itself."""
+        return Chain(stages={name: stage.calibrate(victim, public) for name, stage in self.stages.items()})
+
     def announce(
         self,
         like: Params,
@@ -155,6 +159,14 @@ class Chain(Defense):
             aggregate, after = stage.compensate(aggregate, _part(server_state, i), _part(shared, i))
             states.insert(0, after)
         return aggregate, _together(states)
+
+    def settle(self, params: Params, server_state: State) -> tuple[Params, State]:
+        """Settled by all stages, the last one first."""
+        states: list[State] = []
+        for i, stage in reversed(list(enumerate(self.parts))):
+            params, after = stage.settle(params, _part(server_state, i))
+            states.insert(0, after)
+        return params, _together(states)
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The stages' stand-ins in order; all of them look at the update that was observed in the end."""

@@ -136,9 +136,13 @@ class FederatedModule(L.LightningModule):
             parameter.grad = played.aggregate[name]
         for name, buffer in self.network.named_buffers():
             buffer.copy_(played.buffers[name])
-        self.server_state = played.server_state
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
+        params = self.params()
+        settled, self.server_state = self.rules.defense.settle(params, played.server_state)
+        for name, own in params.items():
+            if settled[name] is not own:
+                own.copy_(settled[name])
 
     def _cost(self, played: Round, cohort: Cohort, seconds: float) -> RoundCost:
         """A client that can take the server's step itself downloads only the aggregate; others, the model.

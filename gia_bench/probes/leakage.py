@@ -21,7 +21,7 @@ from gia_bench.probes.snapshots import FileSnapshots
 from gia_bench.records.images import save_images
 from gia_bench.seeding import derive
 from gia_bench.threat import ThreatModel
-from gia_bench.values import Reconstruction, Transcript, Truth
+from gia_bench.values import Examples, Reconstruction, Transcript, Truth
 
 SNAPSHOTS = "snapshots"
 
@@ -40,11 +40,13 @@ class LeakageProbe(L.Callback):
         attacks: Mapping[str, Attack],
         threat: ThreatModel,
         metrics: Metrics,
+        public: Examples,
         folder: Path,
         images: bool,
         snapshot_every_seconds: float,
     ) -> None:
-        self.recorder, self.attacks, self.threat, self.metrics = recorder, attacks, threat, metrics
+        self.recorder, self.attacks, self.threat = recorder, attacks, threat
+        self.metrics, self.public = metrics, public
         self.folder, self.images, self.seconds = folder, images, snapshot_every_seconds
 
     def on_train_batch_end(
@@ -67,7 +69,8 @@ class LeakageProbe(L.Callback):
         round_index, local = transcript.round_index, rules.local.at(transcript.round_index)
         targets: list[int | None] = [*transcript.updates] if self.threat.sees_clients else [None]
         observations = [
-            self.threat.observe(transcript, cohort, client, local=local, defense=rules.defense) for client in targets
+            self.threat.observe(transcript, cohort, client, local=local, defense=rules.defense, public=self.public)
+            for client in targets
         ]
         seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in targets]
         snapshots = FileSnapshots(self.folder / SNAPSHOTS, f"round{round_index:06d}_{name}_", self.seconds)

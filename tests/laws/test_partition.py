@@ -7,9 +7,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gia_bench.data.partition import ByWriter, ClassesPerClient, Dirichlet, Iid, Partition, Scheme, holdout
+from gia_bench.data.partition import ByWriter, ClassesPerClient, Dirichlet, Iid, Partition, Scheme
+from gia_bench.data.public import Subset, public_examples
 from gia_bench.data.source import Dataset, InMemory
-from gia_bench.errors import ConfigError
+from gia_bench.errors import ConfigError, IncompatibleError
 
 SEEDS = st.integers(0, 2**40)
 
@@ -172,18 +173,31 @@ def dataset(num_examples: int) -> Dataset:
     )
 
 
-@given(num_examples=st.integers(6, 100), share=st.floats(0, 0.8), seed=SEEDS)
-def test_the_auxiliary_split_shares_no_example_with_any_client(num_examples: int, share: float, seed: int) -> None:
+@given(num_examples=st.integers(6, 100), seed=SEEDS)
+def test_public_training_examples_are_those_that_no_client_holds(num_examples: int, seed: int) -> None:
     data = dataset(num_examples)
-    own, auxiliary = holdout(data, int(share * num_examples), seed)
-    assert len(auxiliary) == int(share * num_examples)
-    assert sorted([*own.tolist(), *auxiliary.tolist()]) == list(range(num_examples))
-    assert all(torch.equal(a, b) for a, b in zip((own, auxiliary), holdout(data, len(auxiliary), seed), strict=True))
-    clients = Iid(num_clients=2).split(data.train.labels[own], None, seed).within(own).clients
-    assert set(torch.cat(clients).tolist()) == set(own.tolist())
+    part = Iid(num_clients=2, samples_per_client=2).split(data.train.labels, None, seed)
+    public = public_examples(data, part, split="train")
+    held = set(torch.cat(part.clients).tolist())
+    assert isinstance(public, Subset)
+    assert set(public.rows.tolist()) | held == set(range(num_examples))
+    assert not set(public.rows.tolist()) & held
+    assert torch.equal(public.labels, data.train.labels[public.rows])
 
 
-@pytest.mark.parametrize("num_examples", [-1, 6, 7])
-def test_a_holdout_leaves_something_for_the_clients(num_examples: int) -> None:
-    with pytest.raises(ConfigError, match="made has 6 for training"):
-        holdout(dataset(6), num_examples, 0)
+def test_a_root_set_that_overlaps_a_client_is_refused() -> None:
+    data, part = dataset(6), Partition((torch.tensor([0, 1]), torch.tensor([2])))
+    assert len(public_examples(data, part, split="train", indices=[3, 5])) == 2
+    assert len(public_examples(data, part, indices=[0, 1])) == 2  # of the test split, which nobody holds
+    with pytest.raises(IncompatibleError, match=r"2 training example\(s\) that a client holds \(the first is 1\)"):
+        public_examples(data, part, split="train", indices=[3, 1, 2])
+
+
+def test_public_examples_that_are_not_there_are_named() -> None:
+    data, everything = dataset(6), Partition((torch.arange(6),))
+    with pytest.raises(IncompatibleError, match="clients hold all of it"):
+        public_examples(data, everything, split="train")
+    with pytest.raises(ConfigError, match=r"0\.\.5"):
+        public_examples(data, everything, indices=[6])
+    with pytest.raises(ConfigError, match=r"public\.split"):
+        public_examples(data, everything, split="validation")
