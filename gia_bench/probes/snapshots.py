@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +27,9 @@ class FileSnapshots:
         path = self._path(key)
         if not path.exists():
             return None
-        corrupt = DataError(f"The saved state of an attack {path} is corrupt; delete it to start this attack again.")
         if not whole(path):
-            raise corrupt
-        try:
-            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise corrupt from error
+            raise DataError(f"The saved state of an attack {path} is corrupt; delete it to start this attack again.")
+        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
 
     def save(self, key: str, state: Mapping[str, Any]) -> None:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 
-# what zipfile raises where a flag, a name or an offset is damaged, beside its own BadZipFile
-_DAMAGED = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
+import torch
+
+# what zipfile and torch raise where a flag, a name or an offset is damaged, beside BadZipFile
+_DAMAGED = (
+    zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error, pickle.UnpicklingError,
+)  # fmt: skip
 _FOLDER = 0x10
 
 
 def whole(path: Path) -> bool:
-    """Every member of the archive has the checksum and the size that were written with it.
+    """Every member of the archive has the checksum and the size that were written with it, and torch can read it.
 
     ``torch.load`` alone does not look: it takes a flipped number as it is, and reads memory that nobody filled for a
-    member that is marked as a folder.
+    member that is marked as a folder. The checksums alone do not cover the archive's own directory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None and all(map(_plain, archive.infolist()))
+            if archive.testzip() is not None or not all(map(_plain, archive.infolist())):
+                return False
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _DAMAGED:
         return False
+    return True
 
 
 def _plain(member: zipfile.ZipInfo) -> bool:
