@@ -101,8 +101,15 @@ def main() -> None:
 def run_as_command(entry: Any, name: str) -> None:
     """Run a Hydra entry and turn mendable errors into a sentence on stderr."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors arrive here instead of being printed by Hydra
+    if not os.environ.get("GIA_BENCH_DATA", "unset"):
+        del os.environ["GIA_BENCH_DATA"]  # set but empty: not the current folder
     try:
         entry()
+    except ValueError as error:
+        if "Config group override" not in str(error):  # Hydra's, for group=null
+            raise
+        print(f"{name}: A group takes a choice, not null: leave it out, or see {name} --help.", file=sys.stderr)
+        sys.exit(1)
     except (GiaBenchError, HydraException, OmegaConfBaseException, OSError) as error:
         print(f"{name}: {_sentence(error)}", file=sys.stderr)
         sys.exit(1)

@@ -103,7 +103,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     ``DataError`` for absent or corrupt files.
     """
     defense: Defense = _make(cfg, "defense")
-    attacks: dict[str, Attack] = {name: _make(cfg, f"attack.{name}") for name in cfg.attack}
+    attacks: dict[str, Attack] = {name: _attack(cfg, name) for name in cfg.attack}
     threat: ThreatModel = _make(cfg, "threat")
     schedule: Schedule = _make(cfg, "fl")
     metrics: Metrics = _make(cfg, "metrics")
@@ -140,6 +140,16 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         run=run, data=data, public=public, rules=rules, schedule=schedule, threat=threat, attacks=attacks,
         metrics=metrics, trainer=trainer, mirror=mirror, images=cfg.images,
     )  # fmt: skip
+
+
+def _attack(cfg: DictConfig, name: str) -> Attack:
+    if "_target_" not in cfg.attack[name]:
+        raise ConfigError(
+            f"attack.{name} has settings ({', '.join(cfg.attack[name])}), but no attack of that name was chosen: add "
+            f"it to attack=[...], or leave its settings out with ~attack.{name}"
+        )
+    attack: Attack = _make(cfg, f"attack.{name}")
+    return attack
 
 
 def _partition(scheme: Scheme, dataset: Dataset, seed: int) -> Partition:

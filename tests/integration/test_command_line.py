@@ -118,6 +118,8 @@ BAD = {
     "absent data": (["dataset=mnist", "dataset.download=false", "paths.data=/nowhere"], "/nowhere"),
     "wrong number of classes": (["model.network._target_=nowhere.Model"], "nowhere"),
     "unwritable outputs": (["paths.outputs=/proc/gia"], "/proc/gia"),
+    "a group set to null": (["experiment=null"], "A group takes a choice"),
+    "settings without their attack": (["+attack.dlg.steps=5"], "~attack.dlg"),
     "no GPU": (["trainer.accelerator=gpu"], "gpu"),
 }
 
