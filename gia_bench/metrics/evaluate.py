@@ -26,6 +26,7 @@ ImageMetric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 IMAGE_METRICS: Mapping[str, ImageMetric] = {"mse": mse, "psnr_db": psnr_db, "ssim": ssim, "nmi": nmi}
 LABELS = "label_accuracy"
+FLAT = "oracle_flat_psnr_db"
 
 
 @final
@@ -106,9 +107,10 @@ class Scores:
 def evaluate(reconstruction: Reconstruction, truth: Truth, metrics: Metrics | None = None) -> Scores:
     """Score ``reconstruction`` against the private images: clamped to [0, 1], matched once for all metrics.
 
-    One value per truth image and image metric, and one label accuracy for the batch. What cannot be scored is a value
-    with status "failed" (no reconstruction) or "unavailable" (the metric does not exist here) and its reason, never a
-    number. Raises ``ConfigError`` where the images' shapes differ.
+    One value per truth image and image metric, and one label accuracy for the batch; beside the PSNR that of a flat
+    image of the truth's own mean colour, per channel, which an attack has to beat to have rebuilt anything. What cannot
+    be scored is a value with status "failed" (no reconstruction) or "unavailable" (the metric does not exist here) and
+    its reason, never a number. Raises ``ConfigError`` where the images' shapes differ.
     """
     metrics = metrics or Metrics()
     images, private = unit_range(reconstruction.inputs), unit_range(truth.inputs)
@@ -122,6 +124,9 @@ def evaluate(reconstruction: Reconstruction, truth: Truth, metrics: Metrics | No
         for name, measure in metrics.per_image.items()
         for value in _score(name, measure, images, private, matching, absent)
     ]
+    if "psnr_db" in metrics.names:
+        flat = private.mean((2, 3), keepdim=True).expand_as(private)
+        values += [_value(FLAT, i, number, "") for i, number in enumerate(psnr_db(flat, private).tolist())]
     if LABELS in metrics.names:
         values.append(_label_accuracy(reconstruction, truth))
     return Scores(tuple(values), matching)

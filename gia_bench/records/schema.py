@@ -31,6 +31,8 @@ METRICS: Mapping[str, Quantity] = {
     "lpips_squeeze": Quantity(None, "higher"),
     "lpips_vgg": Quantity(None, "higher"),
     "nmi": Quantity(None, "lower"),
+    # what a flat image of the truth's own mean colour would score: an attack below it has rebuilt nothing
+    "oracle_flat_psnr_db": Quantity("dB", None),
     # the leak, per attacked update
     "label_accuracy": Quantity(None, "lower"),
     "attack_score": Quantity(None, None),
@@ -45,6 +47,18 @@ METRICS: Mapping[str, Quantity] = {
     "dense_uplink_bytes": Quantity("B", None),
     "dense_downlink_bytes": Quantity("B", None),
     "round_seconds": Quantity("s", None),
+    # theory, per attacked client: ||g - sent|| / ||g||, and the shares of ||g||^2 in its largest 5 % and its smallest 75 %
+    "relative_gradient_distance": Quantity(None, "higher"),
+    "energy_top_k1": Quantity(None, None),
+    "energy_bottom_k2": Quantity(None, None),
+    # differential privacy spent so far by whoever has spent most: of an example before a server that sees each update,
+    # of a client before those who see the models only, and of a client before a server that sees each update
+    "example_epsilon_rdp": Quantity(None, "lower"),
+    "example_epsilon_prv": Quantity(None, "lower"),
+    "client_epsilon_rdp": Quantity(None, "lower"),
+    "client_epsilon_prv": Quantity(None, "lower"),
+    "client_local_epsilon_rdp": Quantity(None, "lower"),
+    "client_local_epsilon_prv": Quantity(None, "lower"),
     # what a defense holds back
     "residual_norm": Quantity(None, None),
     "never_sent_share": Quantity(None, None),

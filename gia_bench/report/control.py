@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from gia_bench.errors import ConfigError
+from gia_bench.records.schema import METRICS
 from gia_bench.report.results import MissingCellError, Results
 
 
@@ -39,3 +42,19 @@ def check_control(
         seed = str(min(alone))
         again = results.command(members[0], **{key: str(value) for key, value in control.items()}, seed=seed)
         raise MissingCellError(f"{what} has no control with seed={seed}. Run: {again}")
+
+
+def failed_control(controls: pd.DataFrame, baseline: Mapping[str, str], attack: str) -> str | None:
+    """Why the undefended control says nothing, or None: in the median it does not beat its baseline.
+
+    controls: its records; baseline: metric -> the metric it has to beat; higher is taken to be better for an attack.
+    """
+    for metric, flat in baseline.items():
+        medians = controls[controls["metric"].isin([metric, flat])].groupby("metric")["value"].median()
+        if metric in medians and flat in medians and medians[metric] <= medians[flat]:
+            unit = METRICS[metric].unit or ""
+            return (
+                f"failed control: without a defense {attack} reaches {medians[metric]:.1f} {unit} in the median, and a "
+                f"flat image of the right colour {medians[flat]:.1f} {unit}. This says nothing about a defense"
+            )
+    return None

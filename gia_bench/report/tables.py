@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import pandas as pd
@@ -11,7 +11,7 @@ import pandas as pd
 from gia_bench.errors import ConfigError, choices
 from gia_bench.metrics.statistics import STATISTICS, Statistic, Summary, summarize
 from gia_bench.records.schema import METRICS
-from gia_bench.report.control import check_control
+from gia_bench.report.control import check_control, failed_control
 from gia_bench.report.results import MissingCellError, Results
 
 ROUNDS = ("row", "all", "last")
@@ -55,7 +55,8 @@ class Column:
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
     """rows: the keys that make a row, of a record or dotted paths into the config; columns: by a name of their own;
-    control: what the row without a defense has, None for tables without a control; filters: key -> value or values.
+    control: what the row without a defense has, None for tables without a control; baseline: metric -> the metric that
+    the control has to beat in the median for its rows to say anything; filters: key -> value or values.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TableSpec:
     rows: Sequence[str]
     columns: Mapping[str, Column]
     control: Mapping[str, Any] | None = None
+    baseline: Mapping[str, str] = field(default_factory=dict)
     filters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,10 +131,20 @@ def _is_control(spec: TableSpec, row: Mapping[str, Any]) -> bool:
 def _cells(spec: TableSpec, results: Results, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Cell]:
     frame = results.frame
     members = frame[_matches(frame, row, or_null=False)]["run_id"].unique().tolist()
-    _check_control(spec, results, row, rows, members)
+    controls = _controls(spec, results, row, rows, members)
     _check_pool(spec, results, row, members)
     own = frame[frame["run_id"].isin(members)]
-    return {name: _cell(spec, results, own, row, column) for name, column in spec.columns.items()}
+    cells = {name: _cell(spec, results, own, row, column) for name, column in spec.columns.items()}
+    attacks = _attacks(row)
+    theirs = frame[frame["run_id"].isin(controls) & frame["attack"].isin(attacks)]
+    doubt = failed_control(theirs, spec.baseline, ", ".join(attacks))
+    return {name: _doubted(cell, spec.columns[name], doubt) for name, cell in cells.items()}
+
+
+def _doubted(cell: Cell, column: Column, doubt: str | None) -> Cell:
+    """A number about the leak, with what is to be held against it."""
+    leak = column.round == "row" and METRICS[column.metric].better_for_defender is not None
+    return replace(cell, reasons=(*cell.reasons, doubt)) if doubt and leak and cell.summary else cell
 
 
 def _matches(frame: pd.DataFrame, row: Mapping[str, Any], *, or_null: bool) -> pd.Series[bool]:
@@ -187,12 +199,14 @@ def _missing(spec: TableSpec, results: Results, row: dict[str, Any], column: Col
     )
 
 
-def _check_control(
+def _controls(
     spec: TableSpec, results: Results, row: dict[str, Any], rows: list[dict[str, Any]], members: list[str]
-) -> None:
-    """The control must be the same experiment, seed by seed, with nothing changed but the defense."""
-    if spec.control is None or _is_control(spec, row):
-        return
+) -> list[str]:
+    """The control's runs: the same experiment, seed by seed, with nothing changed but the defense."""
+    if spec.control is None:
+        return []
+    if _is_control(spec, row):
+        return members
     # defense.k1 is a setting of this defense: its control has none
     shared = [key for key in row if key.partition(".")[0] not in spec.control]
     frame = results.frame
@@ -203,7 +217,7 @@ def _check_control(
         check_control(
             results, what, members, theirs, control=spec.control, attacks=_attacks(row), filters="table.filters"
         )
-        return
+        return theirs
     run_id = members[0]
     changes = {key: str(value) for key, value in spec.control.items()}
     changes |= {"attack": f"[{row['attack']}]"} if row.get("attack") else {}

@@ -32,10 +32,11 @@ def make_run(
     images: bool = False,
     overrides: list[str] | None = None,
     config: dict[str, Any] | None = None,
+    flat: float = 12.0,
 ) -> Path:
     """A finished run with two measured rounds; its client sends 100 of 1,000 bytes under a defense.
 
-    settings: of the defense; config: sections that replace those of the config.
+    flat: what a flat image scores, dB; settings: of the defense; config: sections that replace those of the config.
     """
     folder = root / "made" / run_id
     whole = {
@@ -60,6 +61,7 @@ def make_run(
             for victim, psnr in enumerate(PSNR):
                 one = {"victim": victim, **place}
                 records.append(Record.of("psnr_db", psnr - lower, **who, **one))
+                records.append(Record.of("oracle_flat_psnr_db", flat, **who, **one))
                 records.append(Record.of("ssim", 0.5, **who, **one))
                 small: dict[str, Any] = {"status": "unavailable", "reason": "images are too small"}
                 records.append(Record.of("lpips_squeeze", None, **who, **one, **small))

@@ -51,6 +51,9 @@ def test_every_value_names_its_victim_unit_and_direction() -> None:
         ("psnr_db", 0, "dB", "lower"),
         ("psnr_db", 1, "dB", "lower"),
         ("psnr_db", 2, "dB", "lower"),
+        ("oracle_flat_psnr_db", 0, "dB", None),
+        ("oracle_flat_psnr_db", 1, "dB", None),
+        ("oracle_flat_psnr_db", 2, "dB", None),
         ("label_accuracy", None, None, "lower"),
     ]
 
@@ -68,8 +71,9 @@ def test_psnr_is_not_pooled_over_the_batch() -> None:
 
 def test_a_failed_attack_gives_failed_values_with_its_reason() -> None:
     scores = evaluate(_guess(torch.zeros(0, 1, 16, 16), failure="diverged at step 3"), _truth(), PLAIN)
-    assert len(scores.values) == 10
-    assert {(v.status, v.value, v.reason) for v in scores.values} == {("failed", None, "diverged at step 3")}
+    attacked = [v for v in scores.values if not v.metric.startswith("oracle_")]
+    assert len(attacked) == 10
+    assert {(v.status, v.value, v.reason) for v in attacked} == {("failed", None, "diverged at step 3")}
     assert scores.matching.tolist() == [-1, -1, -1]
     assert scores.median("psnr_db") is None
 
@@ -133,7 +137,7 @@ def test_pictures_show_the_matched_pairs() -> None:
 def test_the_default_metrics_need_no_setting() -> None:
     scores = gia_bench.metrics.evaluate(_guess(_truth().inputs), _truth())
     metrics = list(dict.fromkeys(v.metric for v in scores.values))
-    assert metrics == ["mse", "psnr_db", "ssim", "lpips_squeeze", "label_accuracy"]
+    assert metrics == ["mse", "psnr_db", "ssim", "lpips_squeeze", "oracle_flat_psnr_db", "label_accuracy"]
 
 
 def test_unknown_metrics_list_the_choices() -> None:
@@ -141,3 +145,10 @@ def test_unknown_metrics_list_the_choices() -> None:
         Metrics(names=["psnr"])
     with pytest.raises(ConfigError, match=r"Choose one of: .*mse"):
         evaluate(_guess(_truth().inputs), _truth(), PLAIN).of("nmi")
+
+
+def test_a_flat_image_of_the_right_colour_is_what_an_attack_has_to_beat() -> None:
+    truth = _truth(channels=3)
+    scores = evaluate(_guess(truth.inputs), truth, PLAIN)
+    variances = truth.inputs.var((2, 3), correction=0).mean(1)
+    assert scores.of("oracle_flat_psnr_db") == pytest.approx((-10 * variances.log10()).tolist(), rel=1e-5)

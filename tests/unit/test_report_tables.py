@@ -332,3 +332,18 @@ def test_folders_without_records_and_runs_that_lie_twice_are_sentences(tmp_path:
     make_run(tmp_path / "two", "ra")
     with pytest.raises(StorageError, match="would count twice"):
         Results.load(tmp_path)
+
+
+@pytest.mark.parametrize(("flat", "says_nothing"), [(12.0, False), (17.9, False), (18.0, True), (20.0, True)])
+def test_a_failed_control_marks_the_leak_under_a_defense_as_saying_nothing(
+    tmp_path: Path, flat: float, says_nothing: bool
+) -> None:
+    make_run(tmp_path, "r1", flat=flat)  # 18 dB in the median
+    make_run(tmp_path, "r2", defense="dgp", flat=flat)
+    ssim, accuracy = Column(metric="ssim", title="ssim"), Column(metric="test_accuracy", title="acc", round="last")
+    table = _table(tmp_path, PSNR, ssim, accuracy, baseline={"psnr_db": "oracle_flat_psnr_db"})
+    for _, cells in table.rows:
+        doubts = {name for name, cell in cells.items() if any("failed control" in why for why in cell.reasons)}
+        assert doubts == ({"PSNR dB", "ssim"} if says_nothing else set())
+    text = to_markdown(table)
+    assert ("without a defense dlg reaches 18.0 dB in the median" in text) == says_nothing
