@@ -5,8 +5,12 @@ from __future__ import annotations
 from gia_bench.attacks.base import Attack
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.errors import IncompatibleError
+from gia_bench.federated.aggregation import Aggregation
 from gia_bench.federated.schedule import Schedule
 from gia_bench.threat import Knowledge, Power, ThreatModel
+
+# a server that can send another model can send other parameters too
+_MALICIOUS = dict.fromkeys(Power, "malicious_model") | {Power.CHANGE_PARAMS: "malicious_params"}
 
 
 def check_threat(name: str, attack: Attack, threat: ThreatModel) -> None:
@@ -17,24 +21,43 @@ def check_threat(name: str, attack: Attack, threat: ThreatModel) -> None:
             f"attack {name} needs to see {_names(unseen)}, which threat={threat.name} does not show; choose another "
             "threat, or add to threat.knows."
         )
-    if attack.needs:
+    unable = attack.needs & ~threat.power
+    if unable:
         raise IncompatibleError(
-            f"attack {name} needs a server that can {_names(attack.needs)}, and malicious servers are not "
-            "played yet; choose an attack on honest rounds."
+            f"attack {name} needs a server that can {_names(unable)}, which threat={threat.name} cannot; choose "
+            f"threat={_MALICIOUS[unable]}, or add to threat.power."
+        )
+
+
+def check_aggregation(name: str, threat: ThreatModel, aggregation: Aggregation) -> None:
+    """Raises ``IncompatibleError`` where the threat model shows what the aggregation hides."""
+    if aggregation.hides_clients and threat.sees_clients:
+        raise IncompatibleError(
+            f"attack {name} under threat={threat.name} looks at one client's update, which is uniform noise behind the "
+            "masks of secure aggregation; choose threat=secure_aggregation, or aggregation=plain."
         )
 
 
 def check_examples(
     name: str, attack: Attack, threat: ThreatModel, data: FederatedDataModule, schedule: Schedule
 ) -> None:
-    """Raises ``IncompatibleError`` when an update that will be attacked holds more examples than the attack takes."""
-    most = attack.max_examples
-    if most is None:
+    """Raises ``IncompatibleError`` when an update that will be attacked holds more examples, or stands for more local
+    steps, than the attack takes."""
+    most, most_steps = attack.max_examples, attack.max_local_steps
+    if most is None and most_steps is None:
         return
     for round_index in schedule.attack_rounds:
-        counts = data.cohort(round_index).num_examples
-        held = max(counts[: schedule.attack_clients]) if threat.sees_clients else sum(counts)
-        if held > most:
+        cohort = data.cohort(round_index)
+        seen = slice(schedule.attack_clients if threat.sees_clients else None)
+        steps = max(len(counts) for counts in cohort.counts[seen])
+        if most_steps is not None and steps > most_steps:
+            raise IncompatibleError(
+                f"attack {name} takes updates of at most {most_steps} local step(s); round {round_index} has one of "
+                f"{steps}: take fl=fedsgd, or set fl.local.epochs=null fl.local.steps={most_steps}."
+            )
+        counts = cohort.num_examples
+        held = max(counts[seen]) if threat.sees_clients else sum(counts)
+        if most is not None and held > most:
             raise IncompatibleError(
                 f"attack {name} takes updates of at most {most} example(s); round {round_index} has one of {held}: "
                 f"set fl.local.batch_size={most} under FedSGD, or choose another attack."

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.attacks.base import Attack
-from gia_bench.compatibility import check_examples, check_threat
+from gia_bench.compatibility import check_aggregation, check_examples, check_threat
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition, Scheme
 from gia_bench.data.public import public_examples
@@ -23,11 +23,14 @@ from gia_bench.data.source import Dataset
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import ConfigError, GiaBenchError
 from gia_bench.errors import choices as choices_of
+from gia_bench.federated.aggregation import Aggregation
 from gia_bench.federated.rules import Rules
 from gia_bench.federated.schedule import Schedule
 from gia_bench.metrics import Metrics
 from gia_bench.models.build import build_victim
 from gia_bench.probes.recorder import Origin
+from gia_bench.pruning.base import Pruning
+from gia_bench.pruning.pruned import with_pruning
 from gia_bench.records.mirror import MirrorFactory
 from gia_bench.threat import ThreatModel
 from gia_bench.values import Examples
@@ -102,15 +105,20 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     Raises ``ConfigError`` for a setting out of range, ``IncompatibleError`` for parts that do not go together, and
     ``DataError`` for absent or corrupt files.
     """
-    defense: Defense = _make(cfg, "defense")
+    inner: Defense = _make(cfg, "defense")
+    pruning: Pruning = _make(cfg, "pruning")
     attacks: dict[str, Attack] = {name: _attack(cfg, name) for name in cfg.attack}
     threat: ThreatModel = _make(cfg, "threat")
     schedule: Schedule = _make(cfg, "fl")
+    aggregation: Aggregation = _make(cfg, "aggregation")
+    pruning.check_local(schedule.local)
+    defense = with_pruning(inner, pruning)
     metrics: Metrics = _make(cfg, "metrics")
     trainer: TrainerSettings = _make(cfg, "trainer")
     mirror: MirrorFactory = _make(cfg, "logger")
     for name, attack in attacks.items():
         check_threat(name, attack, threat)
+        check_aggregation(name, threat, aggregation)
     dataset: Dataset = _make(cfg, "dataset")
     victim = _bound(
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
@@ -125,7 +133,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     defense = defense.calibrate(victim, public)
     rules = Rules(
         victim=victim, defense=defense, local=schedule.local, executor=schedule.executor, seed=cfg.seed,
-        weighting=schedule.weighting, on_nonfinite=schedule.on_nonfinite,
+        weighting=schedule.weighting, on_nonfinite=schedule.on_nonfinite, aggregation=aggregation,
     )  # fmt: skip
     data = FederatedDataModule(
         dataset=dataset,

@@ -20,9 +20,13 @@ from omegaconf import OmegaConf
 from gia_bench.config import Experiment
 from gia_bench.errors import ConfigError, DataError, StorageError
 from gia_bench.federated.module import FederatedModule
+from gia_bench.federated.states import client_states
+from gia_bench.probes.bounds import BoundsProbe
 from gia_bench.probes.cost import CostProbe
 from gia_bench.probes.leakage import LeakageProbe
+from gia_bench.probes.privacy import PrivacyProbe
 from gia_bench.probes.recorder import Recorder
+from gia_bench.probes.theory import TheoryProbe
 from gia_bench.probes.utility import UtilityProbe
 from gia_bench.records.archives import whole
 from gia_bench.records.runs import LOCK, locked, write_config
@@ -57,7 +61,8 @@ def train(experiment: Experiment) -> None:
     mirror = experiment.mirror(run.folder, run.origin.run_id, dict(run.config))
     store = RecordStore(run.folder / "records.jsonl")
     recorder = Recorder(run.origin, store, mirror)
-    module = FederatedModule(experiment.rules, schedule, experiment.data.dataset.num_classes)
+    states = client_states(schedule.client_states, run.folder / "client_states", experiment.trainer.devices)
+    module = FederatedModule(experiment.rules, schedule, experiment.data.dataset.num_classes, states)
     checkpoint = newest_checkpoint(run.folder)
     if checkpoint is None:
         store.truncate(0)  # what an earlier try wrote before its first checkpoint is written again
@@ -102,6 +107,10 @@ def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
         public=experiment.public, folder=folder, images=experiment.images,
         snapshot_every_seconds=settings.snapshot_every_seconds,
     )  # fmt: skip
+    probes = [
+        CostProbe(recorder), UtilityProbe(recorder), PrivacyProbe(recorder, experiment.data), TheoryProbe(recorder),
+        BoundsProbe(recorder),
+    ]  # fmt: skip
     # after a validation, and never between a round and its validation, which a resumed Trainer would leave out
     checkpoints = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="round{step}", auto_insert_metric_name=False, save_top_k=1,
@@ -114,7 +123,7 @@ def _trainer(experiment: Experiment, recorder: Recorder) -> L.Trainer:
             val_check_interval=schedule.eval_every, check_val_every_n_epoch=None, num_sanity_val_steps=0,
             logger=False, inference_mode=False, enable_progress_bar=settings.progress_bar,
             enable_model_summary=False, use_distributed_sampler=False,
-            callbacks=[CostProbe(recorder), UtilityProbe(recorder), leakage, recorder, checkpoints],
+            callbacks=[*probes, leakage, recorder, checkpoints],
         )  # fmt: skip
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(f"trainer does not fit this machine: {' '.join(str(error).split())}") from error

@@ -118,4 +118,5 @@ class ThreatModel:
             defense=defense if sees(Knowledge.DEFENSE) else None,
             sent_buffers=sent,
             public=public if sees(Knowledge.PUBLIC) else None,
+            num_clients=len(behind),
         )

@@ -74,7 +74,9 @@ class Transcript:
 
     params, buffers, shared: the broadcast; updates: decoded payloads by client; sent_buffers: the BatchNorm
     statistics those clients sent back; aggregate: the weighted mean of the decoded updates of ``clients``;
-    num_examples: the distinct examples behind all of them together.
+    num_examples: the distinct examples behind all of them together; evidence: what those clients told the server
+    beside their updates (``Defense.asks``), which no threat model shows yet. Behind the masks of secure aggregation
+    only payloads and the aggregate are left of all this: nothing else of one client can be read.
     """
 
     round_index: int
@@ -87,6 +89,7 @@ class Transcript:
     aggregate: Update
     clients: tuple[int, ...]
     num_examples: int
+    evidence: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,7 +99,8 @@ class Observation:
     params, buffers: the model the client started from; update: by parameter name, as the server decoded it;
     shared: the defense's announcement; labels: [B] int64; num_examples: B; local: the local work (FedAvg's steps
     and learning rate); defense: its public hyperparameters, for attackers who know the defense; sent_buffers:
-    the statistics that the client sent back; public: examples of the same kind that no client holds.
+    the statistics that the client sent back; public: examples of the same kind that no client holds; num_clients:
+    the updates of how many were averaged, 1 for a client's own; earlier: the same client in earlier attacked rounds.
     """
 
     params: Params
@@ -109,6 +113,8 @@ class Observation:
     defense: Defense | None = None
     sent_buffers: Buffers | None = None
     public: Examples | None = None
+    num_clients: int = 1
+    earlier: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -116,13 +122,15 @@ class Reconstruction:
     """What an attack believes the client's images were.
 
     inputs: [B, C, H, W] in [0, 1] (not clamped); labels: [B] int64 or None; score: lower is better, computed from
-    what the attacker sees and never from the truth; failure: why there is nothing, or None.
+    what the attacker sees and never from the truth; failure: why there is nothing, or None; alternatives: all that an
+    ensemble had to choose from, by name, the chosen one included.
     """
 
     inputs: Tensor
     labels: Tensor | None
     score: float
     failure: str | None = None
+    alternatives: Mapping[str, Reconstruction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

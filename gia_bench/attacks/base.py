@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, final
-
-from torch import nn
+from typing import Any, NamedTuple, Protocol, final
 
 from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge, Power
-from gia_bench.values import Observation, Reconstruction
+from gia_bench.values import Buffers, Examples, Observation, Params, Reconstruction
+
+
+class Broadcast(NamedTuple):
+    """What a server sends: a model, and the values of its tensors."""
+
+    victim: Victim
+    params: Params
+    buffers: Buffers
 
 
 class Snapshots(Protocol):
@@ -54,16 +60,33 @@ class Attack(ABC):
         return Power.NONE
 
     @property
+    def remembers(self) -> bool:
+        """Whether it wants ``Observation.earlier``: what was seen of the client in earlier attacked rounds."""
+        return False
+
+    @property
     def max_examples(self) -> int | None:
         """The most examples an update may hold for this attack; None: any number."""
+        return None
+
+    @property
+    def max_local_steps(self) -> int | None:
+        """The most local steps an update may stand for; None: any number."""
         return None
 
     def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
         """Raises ``IncompatibleError`` for a model it cannot attack; asked once, when a run is composed."""
 
-    def implant(self, model: nn.Module) -> nn.Module:
-        """The model a malicious server sends at the attacked rounds; the honest one by default."""
-        return model
+    def tamper(self, honest: Broadcast, *, seed: int, public: Examples | None = None) -> Broadcast:
+        """What a malicious server sends to the observed clients of an attacked round; the honest broadcast by default.
+
+        The honest round is played as always, and training goes on with it: the malicious one is played beside it, with
+        the same clients, batches, random numbers and residuals, and its mean is thrown away. ``CHANGE_PARAMS`` allows
+        other values under the same names, ``CHANGE_MODEL`` another module too (``models.imprint.in_front``), whose
+        tensors by the honest names stay theirs. ``reconstruct_many`` then gets the victim and the observations of that
+        round. seed: names the attack and the round; public: examples that no client holds, where the threat shows them.
+        """
+        return honest
 
     @abstractmethod
     def reconstruct_many(

@@ -1,7 +1,8 @@
 """Priors on what BatchNorm layers see: the statistics of a guess, layer by layer, against those that are known.
 
 Huang et al. 2021 (NeurIPS, "Evaluating Gradient Inversion Attacks") tell the two apart: an attacker who has only the
-model's running statistics, and one who gets those of the very batch, because the client sent its own back.
+model's running statistics, and one who has those of the very batch. Here nobody is given the latter: an attacker who
+sees the running statistics that a client sends back works them out, and after one local step they are exact.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ class RunningStatistics(Prior):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ExactStatistics(Prior):
-    """As ``RunningStatistics``, but against the client's own batch: (sent - (1 - m) broadcast) / m, m the momentum.
+class InferredStatistics(Prior):
+    """As ``RunningStatistics``, but against those of the client's own batch, which ``inferred`` reads off what it sent.
 
-    Exact for one local step; an update of several is refused, for its statistics are a mixture of batches.
+    Exact for one local step; an update of several is refused, for its statistics are a mixture of batches. Needs a
+    threat that shows the statistics that clients send back (threat=curious_server_buffers).
     """
 
     weight: float
@@ -84,34 +86,38 @@ class ExactStatistics(Prior):
 
     def refusal(self, observation: Observation, victim: Victim) -> str | None:
         sent, before = observation.sent_buffers or {}, observation.buffers
-        for name, layer in _layers(victim).items():
+        for name, layer in norm_layers(victim).items():
             if layer.momentum is None:
                 return f"the model's layer {name!r} averages over all rounds; give its BatchNorm a momentum."
             counter = f"{name}.num_batches_tracked"
             if counter not in sent or counter not in before:
-                return "this update came without the client's own BatchNorm statistics; take RunningStatistics."
+                return (
+                    "this update came without the client's own BatchNorm statistics; take "
+                    "threat=curious_server_buffers, or RunningStatistics."
+                )
             steps = int(sent[counter] - before[counter])
             if steps != 1:
                 return (
                     f"the BatchNorm statistics sent with this update mix {steps} batches and only those of one local "
-                    "step are exact; take fl=fedsgd, or RunningStatistics."
+                    "step can be worked out; take fl=fedsgd, or RunningStatistics."
                 )
         return None
 
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
-        sent, before = scene.observation.sent_buffers or {}, scene.observation.buffers
+        return self.weight * _distance(candidate, scene, partial(inferred, scene.observation), self.first)
 
-        def exact(name: str, layer: Layer, n: int) -> Statistics:
-            m = layer.momentum
-            assert m is not None
-            mean, variance = (
-                (sent[f"{name}.{k}"] - (1 - m) * before[f"{name}.{k}"]) / m for k in ("running_mean", "running_var")
-            )
-            return Statistics(
-                mean, variance * (n - 1) / n
-            )  # torch puts the variance over n - 1 into its running variance
 
-        return self.weight * _distance(candidate, scene, exact, self.first)
+def inferred(observation: Observation, name: str, layer: Layer, n: int) -> Statistics:
+    """What the layer ``name`` saw in a client's one batch, with n entries per channel, from the statistics it sent.
+
+    torch keeps sent = (1 - m) broadcast + m batch, m the momentum, where the batch's variance is divided by n - 1.
+    """
+    sent, before, m = observation.sent_buffers or {}, observation.buffers, layer.momentum
+    assert m is not None
+    mean, variance = (
+        (sent[f"{name}.{k}"] - (1 - m) * before[f"{name}.{k}"]) / m for k in ("running_mean", "running_var")
+    )
+    return Statistics(mean, variance * (n - 1) / n)
 
 
 def _check_weights(weight: float, first: float) -> None:
@@ -119,7 +125,8 @@ def _check_weights(weight: float, first: float) -> None:
     check(first >= 0, "batch_norm.first", first, "at least 0")
 
 
-def _layers(victim: Victim) -> dict[str, Layer]:
+def norm_layers(victim: Victim) -> dict[str, Layer]:
+    """The BatchNorm layers that keep running statistics, by name."""
     named = victim.module.named_modules()
     return {k: m for k, m in named if isinstance(m, Layer) and m.track_running_stats}
 
@@ -142,7 +149,7 @@ def _listening(layers: Mapping[str, Layer]) -> Iterator[dict[str, Tensor]]:
 
 def _distance(candidate: Candidate, scene: Scene, target: Target, first: float) -> Tensor:
     victim, seen = scene
-    layers = _layers(victim)
+    layers = norm_layers(victim)
     with _listening(layers) as inputs:
         if layers:
             victim.logits(seen.params, seen.buffers, candidate.inputs)

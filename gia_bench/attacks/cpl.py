@@ -19,7 +19,7 @@ def cpl(
     distance: Distance = EUCLIDEAN,
     optimizer: Optimizer = OPTIMIZER,
     initial: Initial = PATTERNED,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """iDLG from a guess that repeats one tile: the label is read, then L-BFGS over the image alone.

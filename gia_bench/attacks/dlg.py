@@ -19,7 +19,7 @@ def dlg(
     distance: Distance = EUCLIDEAN,
     optimizer: Optimizer = OPTIMIZER,
     initial: Initial = RANDN,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """Images and soft labels together: L-BFGS on the sum of squared differences, from standard normal guesses.

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.optimizers import Moment
+from gia_bench.attacks.registration import Registration, Unregistered
 from gia_bench.seeding import stream
+
+AS_THEY_ARE = Unregistered()
 
 
 class Course(NamedTuple):
@@ -62,13 +65,15 @@ class Langevin(Force):
 class GroupConsistency(Force):
     """Draws the restarts of a victim together: the gradient of weight * ||x - mean of the restarts||_2 / (H W).
 
-    After Yin et al. 2021 (GradInversion), whose restarts run in lock-step; from step ``start`` on. The mean is the
-    plain mean of pixels, as in GIFD's code, and taken anew at every step. The paper registers the images to each other
-    first, which is not done here. With one restart nothing happens.
+    After Yin et al. 2021 (GradInversion), whose restarts run in lock-step; from step ``start`` on. registration: what
+    is done to the images before they are averaged: nothing, as in GIFD's code, or moved to one place, which is the
+    paper's idea by our means. The mean is taken anew at every step, and stands still in the gradient. With one restart
+    nothing happens.
     """
 
     weight: float
     start: int = 500
+    registration: Registration = AS_THEY_ARE
 
     def __post_init__(self) -> None:
         check(self.weight >= 0, "group_consistency.weight", self.weight, "at least 0")
@@ -77,7 +82,7 @@ class GroupConsistency(Force):
     def __call__(self, pixels: Tensor, course: Course) -> Tensor:
         if course.moment.step < self.start:
             return torch.zeros_like(pixels)
-        away = pixels - pixels.mean(1, keepdim=True)
+        away = pixels - self.registration.mean(pixels)
         length = away.square().sum((2, 3, 4, 5), keepdim=True).sqrt()
         H, W = pixels.shape[-2:]
         return self.weight / (H * W) * away / length.clamp(min=torch.finfo(pixels.dtype).tiny)

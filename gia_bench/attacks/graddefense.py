@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gia_bench.attacks.distances import Cosine, Distance, Euclidean
+from gia_bench.attacks.group import STEPS
 from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam, Optimizer
 from gia_bench.attacks.priors import Prior, TotalVariation
+from gia_bench.attacks.replay import Replay
 from gia_bench.attacks.schedules import Schedule, StepDecay
 
 EUCLIDEAN, COSINE, DGA_OPTIMIZER, GIA_OPTIMIZER = Euclidean(), Cosine(), LBFGS(), Adam(lr=0.1)
@@ -29,7 +31,7 @@ def dga(
     distance: Distance = EUCLIDEAN,
     optimizer: Optimizer = DGA_OPTIMIZER,
     initial: Initial = RANDN,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """The deep gradient attack: L-BFGS on the sum of squared differences, labels known (the worst case). For LeNet.
@@ -60,7 +62,8 @@ def gia(
     schedule: Schedule = DECAY,
     initial: Initial = RANDN,
     priors: Mapping[str, Prior] = PRIORS,
-    max_batch: int | None = None,
+    replay: Replay = STEPS,
+    max_batch: int | str | None = None,
     snapshot_every: int = 250,
 ) -> GradientMatching:
     """Gradient inversion by the cosine distance + total variation, plain Adam, no box, labels known. For ConvNet.
@@ -74,6 +77,7 @@ def gia(
         schedule=schedule,
         initial=initial,
         priors=priors,
+        replay=replay,
         labels=labels,
         steps=steps,
         restarts=restarts,

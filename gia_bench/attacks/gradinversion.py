@@ -11,6 +11,7 @@ from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam, Optimizer
 from gia_bench.attacks.priors import Norm, PaddedTotalVariation, Prior
+from gia_bench.attacks.registration import Translation
 from gia_bench.attacks.schedules import CosineWarmup, Schedule
 from gia_bench.attacks.wrapped import Scaled
 
@@ -20,7 +21,8 @@ PRIORS: Mapping[str, Prior] = {
     "norm": Norm(weight=1e-6),
     "batch_norm": RunningStatistics(weight=0.1),
 }
-FORCES: Mapping[str, Force] = {"langevin": Langevin(scale=0.01), "group": GroupConsistency(weight=0.01)}
+GROUP = GroupConsistency(weight=0.01, registration=Translation(max_shift=0.25))
+FORCES: Mapping[str, Force] = {"langevin": Langevin(scale=0.01), "group": GROUP}
 
 
 def gradinversion(
@@ -35,14 +37,14 @@ def gradinversion(
     initial: Initial = RANDN,
     priors: Mapping[str, Prior] = PRIORS,
     forces: Mapping[str, Force] = FORCES,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 500,
 ) -> GradientMatching:
     """Squared differences + total variation + norm + BatchNorm statistics, with noise, restarts drawn to their mean.
 
     Defaults: breaching's settings, which has no group term; that one from GIFD's code (4 restarts in lock-step, 0.01,
-    from step 500 on). The paper's registration of the restarts to each other is not there. For batches without repeated
-    labels. Arguments: see ``GradientMatching``.
+    from step 500 on), but with the restarts registered to each other, as in the paper: by translations here, by
+    RANSAC-flow there. For batches without repeated labels. Arguments: see ``GradientMatching``.
     """
     return GradientMatching(
         distance=distance,

@@ -11,16 +11,23 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from gia_bench.attacks.adaptive import Constraint, Informed
 from gia_bench.attacks.distances import Distance
+from gia_bench.attacks.memory import free_bytes, largest_batch, peak_bytes
 from gia_bench.attacks.optimizers import Variables
 from gia_bench.attacks.priors import Prior
-from gia_bench.attacks.scene import Candidate, PixelSpace, Scene, dummy_update, update_unit
+from gia_bench.attacks.replay import LocalSteps, Replay
+from gia_bench.attacks.scene import Candidate, PixelSpace, Scene, update_unit
 from gia_bench.models.functional import Victim
 from gia_bench.values import Batch, Buffers, Observation, Update
 
+STEPS = LocalSteps()
+
 
 class Seen(NamedTuple):
-    """What differs between the victims of a group, stacked: [V, ...]. Empty where it is not shown."""
+    """What differs between the victims of a group, stacked: [V, ...]; the labels taken by the attack, which may differ
+    between restarts, [V, T or 1, ...]. Empty where it is not shown.
+    """
 
     update: Update
     sent_buffers: Buffers
@@ -39,6 +46,8 @@ class Group:
     space: PixelSpace
     distance: Distance
     priors: Mapping[str, Prior]
+    constraints: Mapping[str, Constraint]
+    replay: Replay
     max_batch: int | None
 
     @classmethod
@@ -51,8 +60,11 @@ class Group:
         distance: Distance,
         priors: Mapping[str, Prior],
         max_batch: int | None,
+        constraints: Mapping[str, Constraint] | None = None,
+        replay: Replay = STEPS,
     ) -> Group:
-        """Stacks the victims on the device of the model's parameters. ``labels``: as taken by the attack."""
+        """Stacks the victims on the device of the model's parameters. ``labels``: as taken by the attack, [B] or
+        [T, B] each."""
         first = observations[0]
         params = {k: v.detach() for k, v in first.params.items()}
         # an attacker who is not shown the statistics has those of the model as it is published
@@ -63,7 +75,7 @@ class Group:
             update=_stack([o.update for o in observations], device),
             sent_buffers=_stack([o.sent_buffers or {} for o in observations], device),
             shown_labels=_stack([{} if o.labels is None else {"labels": o.labels} for o in observations], device),
-            labels=_stack([{} if y is None else {"labels": y} for y in labels], device),
+            labels=_stack([{} if y is None else {"labels": y if y.ndim == 2 else y[None]} for y in labels], device),
         )
         template = dataclasses.replace(first, params=params, buffers=buffers)
         return cls(
@@ -71,8 +83,10 @@ class Group:
             template=template,
             seen=seen,
             space=space,
-            distance=distance,
+            distance=distance.informed(first, update_unit(first)) if isinstance(distance, Informed) else distance,
             priors=priors,
+            constraints=constraints or {},
+            replay=replay,
             max_batch=max_batch,
         )
 
@@ -89,12 +103,13 @@ class Group:
         pixels = variables["pixels"]
         labels = variables["labels"].softmax(-1) if "labels" in variables else seen.labels["labels"]
         candidate = Candidate(pixels, self.space.decode(pixels), labels)
-        dummy = dummy_update(scene, Batch(candidate.inputs, labels, pixels.new_ones(len(pixels))))
-        if observation.defense is not None:
-            dummy = observation.defense.surrogate(dummy, observation)
+        dummy = self.replay.update(Batch(candidate.inputs, labels, pixels.new_ones(len(pixels))), scene)
         unit = update_unit(observation)
-        distance = self.distance(_in_units(dummy, unit), _in_units(observation.update, unit))
-        return sum((prior(candidate, scene) for prior in self.priors.values()), distance)
+        sent = dummy if observation.defense is None else observation.defense.surrogate(dummy, observation)
+        distance = self.distance(_in_units(sent, unit), _in_units(observation.update, unit))
+        parts = [prior(candidate, scene) for prior in self.priors.values()]
+        parts += [constraint(dummy, observation, unit) for constraint in self.constraints.values()]
+        return sum(parts, distance + self.replay.penalty(candidate, scene))
 
     def evaluate(self, variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
         """The losses [V, T] and their gradients, ``max_batch`` candidates at a time; see ``Evaluate``."""
@@ -106,13 +121,26 @@ class Group:
         loss, gradients = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
         for few, restarts in _chunks(len(rows), T, self.max_batch):
             victims = few if len(rows) == V else rows[few]  # a slice copies nothing
-            part = {k: v[victims, restarts] for k, v in variables.items()}
-            gradient, loss[victims, restarts] = self._map(
-                part, Seen(*({k: v[victims] for k, v in s.items()} for s in self.seen))
-            )
+            gradient, loss[victims, restarts] = self._part(variables, victims, restarts)
             for k, g in gradient.items():
                 gradients[k][victims, restarts] = g
         return loss, gradients
+
+    @torch.no_grad()
+    def fitted(self, variables: Variables, free: int | None = None) -> Group:
+        """With the largest ``max_batch`` for ``free`` bytes (None: what the device has left now), by the tensors that
+        the evaluation of one candidate needs.
+        """
+        one = peak_bytes(lambda: self._part(variables, slice(0, 1), slice(0, 1)))
+        left = free_bytes(variables["pixels"].device) if free is None else free
+        return dataclasses.replace(self, max_batch=largest_batch(one, left))
+
+    def _part(self, variables: Variables, victims: slice | Tensor, restarts: slice) -> tuple[Variables, Tensor]:
+        """Gradients and losses of some victims and restarts."""
+        T = variables["pixels"].shape[1]
+        seen = Seen(*({k: v[victims] for k, v in s.items()} for s in self.seen))
+        own = {k: v.expand(-1, T, -1)[:, restarts] for k, v in seen.labels.items()}
+        return self._map({k: v[victims, restarts] for k, v in variables.items()}, seen._replace(labels=own))
 
     def _map(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         # vmap(grad(loss)), never the gradient of vmap(loss): through BatchNorm in training mode the latter's second
@@ -121,9 +149,12 @@ class Group:
         # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
         axes = variables["pixels"].shape[:2]
         buffers = {k: v.expand(*axes, *v.shape) for k, v in self.template.buffers.items()}
-        restarts = vmap(one, in_dims=(0, None, 0))
+        restarts = vmap(one, in_dims=(0, SHARED_BY_RESTARTS, 0))
         result: tuple[Variables, Tensor] = vmap(restarts, in_dims=(0, 0, 0))(variables, seen, buffers)
         return result
+
+
+SHARED_BY_RESTARTS = Seen(None, None, None, 0)  # type: ignore[arg-type]
 
 
 def _stack(dicts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def idlg(
     optimizer: Optimizer = OPTIMIZER,
     initial: Initial = RANDN,
     stop_below: float | None = 1e-6,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """The label is read off the last layer, for updates of one example; then L-BFGS over the image alone.

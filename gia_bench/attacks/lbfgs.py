@@ -10,28 +10,40 @@ that a direction reads the histories four times instead of making 2 m dependent 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from gia_bench.attacks.checks import check
+from gia_bench.attacks.line_search import Points, Searches, choose
 from gia_bench.attacks.optimizers import Evaluate, Moment, Move, Optimizer, Variables
+from gia_bench.errors import ConfigError, choices
 from gia_bench.values import State
+
+LINE_SEARCHES = ("none", "strong_wolfe")
+
+Ask: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""(x [N, n], wanted [N] or None) -> losses [N], gradients [N, n]."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class LBFGS(Optimizer):
-    """L-BFGS without line search; one step is an outer step of up to ``max_iter`` evaluations.
+    """L-BFGS; one step is an outer step of up to ``max_iter`` iterations and ``max_eval`` evaluations.
 
-    lr: step length; max_iter: inner iterations per step; history: pairs kept (memory: 2 * history numbers per variable
-    and candidate); tolerance_grad, tolerance_change: torch's stopping rules within one outer step.
+    lr: step length (with a line search: of its first trial); max_iter: inner iterations per step; max_eval: evaluations
+    per step, torch's own default is max_iter * 5 // 4; line_search: none | strong_wolfe; history: pairs kept (memory:
+    2 * history numbers per variable and candidate); tolerance_grad, tolerance_change: torch's stopping rules within one
+    outer step.
     """
 
     lr: float = 1.0
     max_iter: int = 20
+    max_eval: int = 25
+    line_search: str = "none"
     history: int = 100
     tolerance_grad: float = 1e-7
     tolerance_change: float = 1e-9
@@ -39,6 +51,9 @@ class LBFGS(Optimizer):
     def __post_init__(self) -> None:
         check(self.lr > 0, "lbfgs.lr", self.lr, "a number above 0")
         check(self.max_iter >= 1, "lbfgs.max_iter", self.max_iter, "at least 1")
+        check(self.max_eval >= 1, "lbfgs.max_eval", self.max_eval, "at least 1")
+        if self.line_search not in LINE_SEARCHES:
+            raise ConfigError(choices("lbfgs.line_search", self.line_search, LINE_SEARCHES))
         check(self.history >= 1, "lbfgs.history", self.history, "at least 1")
         check(self.tolerance_grad >= 0, "lbfgs.tolerance_grad", self.tolerance_grad, "at least 0")
         check(self.tolerance_change >= 0, "lbfgs.tolerance_change", self.tolerance_change, "at least 0")
@@ -66,35 +81,87 @@ class LBFGS(Optimizer):
             return loss.flatten(), _flat(gradient)
 
         state = dict(state)
-        start = x = _flat(variables)
-        loss, g = value_and_gradient(x)
-        loss_before, active = loss, ~(g.abs().amax(1) <= self.tolerance_grad)
-        for i in range(self.max_iter):
-            # known without asking the device: nobody can have stored more pairs than there were iterations
-            used = min(self.history, moment.step * self.max_iter + i)
-            state["iterations"] = state["iterations"] + active
-            direction = self._direction(state, g, active, used)
-            first = 1 / g.abs().sum(1)
-            length = torch.where(state["iterations"] == 1, first.clamp(max=1), 1.0) * self.lr * moment.rate
-            state["direction"] = torch.where(active[:, None], direction, state["direction"])
-            state["length"] = torch.where(active, length, state["length"])
-            state["gradient"] = torch.where(active[:, None], g, state["gradient"])
-
-            active = active & ~((g * direction).sum(1) > -self.tolerance_change)
-            stride = length[:, None] * direction
-            x = torch.where(active[:, None], x + stride, x)
-            # on the CPU it costs nothing to ask; elsewhere the masks alone make the same result
-            if i + 1 == self.max_iter or (x.device.type == "cpu" and not bool(active.any())):
-                break
-            new_loss, new_g = value_and_gradient(x, active)
-            done = new_g.abs().amax(1) <= self.tolerance_grad
-            done |= stride.abs().amax(1) <= self.tolerance_change
-            done |= (new_loss - loss).abs() < self.tolerance_change
-            loss, g = torch.where(active, new_loss, loss), torch.where(active[:, None], new_g, g)
-            active = active & ~done
+        start = _flat(variables)
+        loss, g = value_and_gradient(start)
+        walk = self._stride if self.line_search == "none" else self._search
+        x = walk(state, start, loss, g, value_and_gradient, moment)
         # the same x gives the same gradient, y = 0, no new pair and the same direction: nothing will ever change
         settled = (x == start).all(1)
-        return Move(loss_before.view(shape), _unflat(x, variables), state, settled.view(shape))
+        if self.line_search != "none":  # the very first search has a first trial of its own, the second may do better
+            settled = settled & (state["iterations"] != 1)
+        return Move(loss.view(shape), _unflat(x, variables), state, settled.view(shape))
+
+    def _stride(self, state: State, x: Tensor, loss: Tensor, g: Tensor, ask: Ask, moment: Moment) -> Tensor:
+        """Where x is after the iterations of one step, each a stride of fixed length. Writes into ``state``."""
+        active = ~(g.abs().amax(1) <= self.tolerance_grad)
+        # an iteration costs one evaluation, beside the first one, and torch always makes one
+        rounds = min(self.max_iter, max(self.max_eval - 1, 1))
+        for i in range(rounds):
+            self._aim(state, g, active, moment, i)
+            active = active & ~((g * state["direction"]).sum(1) > -self.tolerance_change)
+            stride = state["length"][:, None] * state["direction"]
+            x = torch.where(active[:, None], x + stride, x)
+            if i + 1 == rounds or _none_left(active):
+                break
+            new_loss, new_g = ask(x, active)
+            done = self._done(new_g, stride, new_loss - loss)
+            loss, g = torch.where(active, new_loss, loss), torch.where(active[:, None], new_g, g)
+            active = active & ~done
+        return x
+
+    def _search(self, state: State, x: Tensor, loss: Tensor, g: Tensor, ask: Ask, moment: Moment) -> Tensor:
+        """Where x is after the iterations of one step, each a line search. Writes into ``state``.
+
+        One evaluation per turn: some candidates are in the middle of a search while others begin their next one.
+        """
+        active = fresh = ~(g.abs().amax(1) <= self.tolerance_grad)
+        iterations, evaluations = torch.zeros_like(state["count"]), torch.ones_like(state["count"])
+        searches: Searches | None = None
+        for turn in range(self.max_eval):
+            if not _none_left(fresh):
+                self._aim(state, g, fresh, moment, min(turn, self.max_iter))
+                active = active & ~(fresh & ((g * state["direction"]).sum(1) > -self.tolerance_change))
+                begun = Searches.begin(state["length"], self.max_eval - evaluations, loss, g, state["direction"])
+                searches = begun if searches is None else choose(fresh, begun, searches)
+            if searches is None or _none_left(active):
+                break
+            d, trial = state["direction"], searches.trial
+            new_loss, new_g = ask(x + trial[:, None] * d, active)
+            point = Points(trial, new_loss, (new_g * d).sum(1), new_g)
+            searches, finished = searches.receive(point, self.tolerance_change)
+            finished = finished & active
+
+            found, before = searches.low, loss
+            stride = found.length[:, None] * d
+            x = torch.where(finished[:, None], x + stride, x)
+            state["length"] = torch.where(finished, found.length, state["length"])
+            loss, g = torch.where(finished, found.loss, loss), torch.where(finished[:, None], found.gradient, g)
+            iterations, evaluations = iterations + finished, evaluations + finished * searches.tries
+            done = self._done(g, stride, loss - before)
+            done |= (iterations >= self.max_iter) | (evaluations >= self.max_eval)
+            active = active & ~(finished & done)
+            fresh = finished & active
+        return x
+
+    def _aim(self, state: State, g: Tensor, who: Tensor, moment: Moment, i: int) -> None:
+        """The direction and the first length of the next iteration of ``who`` [N], in ``state``. i: iterations of this
+        step that anyone may have made.
+        """
+        # known without asking the device: nobody can have stored more pairs than there were iterations
+        used = min(self.history, moment.step * self.max_iter + i)
+        state["iterations"] = state["iterations"] + who
+        direction = self._direction(state, g, who, used)
+        first = (1 / g.abs().sum(1)).clamp(max=1)
+        length = torch.where(state["iterations"] == 1, first, 1.0) * self.lr * moment.rate
+        state["direction"] = torch.where(who[:, None], direction, state["direction"])
+        state["length"] = torch.where(who, length, state["length"])
+        state["gradient"] = torch.where(who[:, None], g, state["gradient"])
+
+    def _done(self, g: Tensor, stride: Tensor, gain: Tensor) -> Tensor:
+        """torch's three reasons to end a step, after a stride: a flat place, no way made, nothing gained."""
+        done = g.abs().amax(1) <= self.tolerance_grad
+        done |= stride.abs().amax(1) <= self.tolerance_change
+        return done | (gain.abs() < self.tolerance_change)
 
     def _direction(self, state: State, g: Tensor, active: Tensor, used: int) -> Tensor:
         """-H g, after storing the newest pair where its curvature is positive. Writes into ``state``."""
@@ -128,6 +195,11 @@ class LBFGS(Optimizer):
         Yr = (r[:, None] @ Y.mT)[:, 0].gather(1, order)
         c = torch.linalg.solve_triangular(R.mT, (D * alpha - Yr)[..., None], upper=False)[..., 0]
         return r + _combine(c, order, S)
+
+
+def _none_left(who: Tensor) -> bool:
+    """Whether ``who`` is known to be empty. On the CPU it costs nothing to ask; elsewhere the masks do the same."""
+    return who.device.type == "cpu" and not bool(who.any())
 
 
 def _flat(variables: Variables) -> Tensor:

@@ -11,16 +11,18 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gia_bench.attacks.adaptive import Constraint
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.forces import Course, Force
-from gia_bench.attacks.group import Group
+from gia_bench.attacks.group import STEPS, Group
 from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.optimize import Progress, Search
 from gia_bench.attacks.optimizers import Moment, Optimizer, Variables
 from gia_bench.attacks.priors import Prior
+from gia_bench.attacks.replay import Replay
 from gia_bench.attacks.scene import PixelSpace
 from gia_bench.attacks.schedules import Constant, Schedule
 from gia_bench.errors import ConfigError, IncompatibleError, choices
@@ -35,10 +37,12 @@ from gia_bench.values import Observation, Reconstruction
 class GradientMatching(Attack):
     """Minimise distance(dummy update, observed update) + priors over images, for all victims and restarts at once.
 
-    distance, priors, optimizer, forces, schedule, initial: the parts; labels: how labels are found, one of
-    ``labels.METHODS``; steps, restarts: at least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a
-    candidate whose loss falls below rests (None: never); max_batch: candidates evaluated at once, None for all (the
-    same numbers, less memory); snapshot_every: steps between two snapshots, and between two looks whether all rest.
+    distance, priors, constraints, optimizer, forces, schedule, initial: the parts; replay: how a guess becomes the
+    update of several local steps; labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at least 1;
+    boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests (None:
+    never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at the
+    start (the same numbers, less memory); snapshot_every: steps between two snapshots, and between two looks whether
+    all rest.
 
     Every restart keeps its best iterate with that iterate's own loss; the restart with the lowest loss is returned. The
     loss is all that chooses: the truth is nowhere near. An update that was observed by an attacker who knows the
@@ -49,22 +53,26 @@ class GradientMatching(Attack):
     optimizer: Optimizer
     initial: Initial
     priors: Mapping[str, Prior] = field(default_factory=dict)
+    constraints: Mapping[str, Constraint] = field(default_factory=dict)
     forces: Mapping[str, Force] = field(default_factory=dict)
+    replay: Replay = STEPS
     schedule: Schedule = field(default_factory=Constant)
     labels: str = "auto"
     steps: int
     restarts: int = 1
     boxed: bool = False
     stop_below: float | None = None
-    max_batch: int | None = None
+    max_batch: int | str | None = None
     snapshot_every: int = 100
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "priors", dict(self.priors))
+        object.__setattr__(self, "constraints", dict(self.constraints))
         object.__setattr__(self, "forces", dict(self.forces))
         for name in ("steps", "restarts", "snapshot_every"):
             check(getattr(self, name) >= 1, f"attack.{name}", getattr(self, name), "at least 1")
-        check(self.max_batch is None or self.max_batch >= 1, "attack.max_batch", self.max_batch, "at least 1, or null")
+        fine = self.max_batch >= 1 if isinstance(self.max_batch, int) else self.max_batch in (None, "auto")
+        check(fine, "attack.max_batch", self.max_batch, "at least 1, or null, or auto")
         if self.labels not in METHODS:
             raise ConfigError(choices("attack.labels", self.labels, METHODS))
 
@@ -112,8 +120,15 @@ class GradientMatching(Attack):
     ) -> list[Reconstruction]:
         like = next(iter(observations[0].params.values()))
         victim, space = victim.to(like.device), PixelSpace.of(victim, like)
-        labels = [METHODS[self.labels](o, victim) for o in observations]
-        group = Group.of(observations, victim, labels, space, self.distance, self.priors, self.max_batch)
+        labels = [self._labels(o, victim, s) for o, s in zip(observations, seeds, strict=True)]
+        number = self.max_batch if isinstance(self.max_batch, int) else None
+        group = Group.of(
+            observations, victim, labels, space, self.distance, self.priors, number,
+            self.constraints, self.replay,
+        )  # fmt: skip
+        start = self._start(observations[0], victim, seeds, like, joint=labels[0] is None)
+        if self.max_batch == "auto":
+            group = group.fitted(start)
         search = Search(
             evaluate=group.evaluate,
             push=self._push(seeds) if self.forces else None,
@@ -126,15 +141,19 @@ class GradientMatching(Attack):
         )
         # repr holds every hyperparameter: the state of other settings or other victims is never picked up
         key = f"matching-{derive(0, repr(self), repr(_kind(observations[0])[-1]), *seeds):016x}"
-        start = self._start(observations[0], victim, seeds, like, joint=labels[0] is None)
         end = search.run(start, snapshots, key)
         return [self._best_restart(end, v, o, labels[v], space) for v, o in enumerate(observations)]
+
+    def _labels(self, observation: Observation, victim: Victim, seed: int) -> Tensor | None:
+        """[T or 1, guesses] as the replay takes them, or None to search them."""
+        found = METHODS[self.labels](observation, victim)
+        return None if found is None else self.replay.arrange(found, observation, seed, self.restarts)
 
     def _start(
         self, observation: Observation, victim: Victim, seeds: list[int], like: Tensor, *, joint: bool
     ) -> Variables:
         """First guesses from the streams of each victim and restart, so that neither batch nor chunk matters."""
-        B = observation.num_examples or 0
+        B = (observation.num_examples or 0) * self.replay.copies(observation)
 
         def guess(name: str, initial: Initial, *shape: int) -> Tensor:
             streams = [[stream(seed, name, t) for t in range(self.restarts)] for seed in seeds]
@@ -157,11 +176,14 @@ class GradientMatching(Attack):
     ) -> Reconstruction:
         t = int(end.best_loss[v].argmin())
         score = float(end.best_loss[v, t])
-        if labels is None:
-            labels = end.best["labels"][v, t].argmax(-1)
+        own = end.best["labels"][v, t].softmax(-1) if labels is None else labels[min(t, len(labels) - 1)]
+        pixels, own = self.replay.merge(end.best["pixels"][v, t], own, observation)
         failure = None if score < torch.inf else _why_never_finite(observation, self.restarts)
         return Reconstruction(
-            inputs=space.decode(end.best["pixels"][v, t]), labels=labels, score=score, failure=failure
+            inputs=space.decode(pixels),
+            labels=own.argmax(-1) if labels is None else own,
+            score=score,
+            failure=failure,
         )
 
 
@@ -169,7 +191,15 @@ def _kind(observation: Observation) -> tuple[Hashable, ...]:
     """What must be the same for observations to be one batch."""
     o = observation
     tensors = tuple((k, id(v)) for shared in (o.params, o.buffers, o.shared) for k, v in shared.items())
-    return tensors, id(o.local), id(o.defense), o.labels is None, o.sent_buffers is None, (o.num_examples, *o.update)
+    return (
+        tensors,
+        id(o.local),
+        id(o.defense),
+        o.labels is None,
+        o.sent_buffers is None,
+        tuple((id(e.local), *map(id, e.params.values())) for e in o.earlier),
+        (o.num_examples, o.num_clients, len(o.earlier), *o.update),
+    )
 
 
 def _check(observation: Observation, victim: Victim) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gia_bench.models.functional import Victim
-from gia_bench.values import Batch, Observation, Update
+from gia_bench.values import Observation
 
 
 class Scene(NamedTuple):
@@ -58,22 +58,8 @@ class PixelSpace:
 
 
 def update_unit(observation: Observation) -> float:
-    """What a plain gradient is multiplied with in this update: 1 for FedSGD, the local learning rate for FedAvg."""
-    rate = observation.local.learning_rate if observation.local is not None else None
-    return 1.0 if rate is None else rate
-
-
-def dummy_update(scene: Scene, batch: Batch) -> Update:
-    """The update a client would have sent for ``batch`` [B, ...], differentiable in it.
-
-    FedAvg is approximated by one step on all examples at once: learning rate times gradient. That is exact for one step
-    and wrong by the number of steps in length, not much in direction, for a few. (gia_bench choice.)
+    """What a gradient that stays the same is multiplied with in this update: 1 for FedSGD; for FedAvg the learning
+    rate times the number of local steps (of an aggregate: those of a client with the mean number of examples).
     """
-    victim, seen = scene
-
-    def loss(params: Update) -> Tensor:
-        return victim.objective(params, seen.buffers, batch)[0]
-
-    gradient: Update = torch.func.grad(loss)(seen.params)
-    unit = update_unit(seen)
-    return gradient if unit == 1 else {k: unit * g for k, g in gradient.items()}
+    local, count = observation.local, observation.num_examples or 1
+    return 1.0 if local is None else local.scale(max(round(count / observation.num_clients), 1))

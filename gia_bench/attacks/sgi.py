@@ -30,7 +30,7 @@ def sgi(
     schedule: Schedule = DECAY,
     initial: Initial = RANDN,
     priors: Mapping[str, Prior] = PRIORS,
-    max_batch: int | None = None,
+    max_batch: int | str | None = None,
     snapshot_every: int = 500,
 ) -> GradientMatching:
     """Inverting Gradients on the entries that were sent: masked cosine + total variation, signed Adam.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,36 @@ from gia_bench.wire import DENSE, Codec
 if TYPE_CHECKING:
     from gia_bench.models.functional import Victim
 
-BatchLoss: TypeAlias = Callable[[Params, Batch], tuple[Tensor, Buffers]]
-"""(params, batch [B, ...]) -> (mean loss, buffers after the pass)."""
 AskClient: TypeAlias = Callable[[int], tuple[Update, State]]
 """(position in the cohort) -> that client's own update and state, before protection; for a leader's announcement."""
 
 
+class BatchLoss(Protocol):
+    """(params, batch [B, ...]) -> (mean loss, buffers after the pass). ``replaced``: buffers, by name, that stand in
+    the place of the client's in this pass only (PRECODE's noise); afterwards his own are back."""
+
+    def __call__(self, params: Params, batch: Batch, replaced: Buffers | None = None, /) -> tuple[Tensor, Buffers]: ...
+
+
 class Client(NamedTuple):
-    """What one client holds while it protects its update. ``batch`` is [S, B, ...], as transformed."""
+    """What one client holds while it protects its update. ``params``: what its local work started from
+    (``Defense.start``); ``batch`` is [S, B, ...], as transformed; ``seen``: what its local gradients noted
+    (``Defense.seen``); ``learning_rate``: of its local steps, None where its update is a gradient."""
 
     victim: Victim
     params: Params
     buffers: Buffers
     batch: Batch
+    seen: State = {}  # noqa: RUF012 (a NamedTuple's default; never written to)
+    learning_rate: float | None = None
+
+
+class NoiseLaw(Protocol):
+    """The noise that a defense adds to every entry of an update; only its size is public."""
+
+    def surprise(self, residual: Update) -> Tensor:
+        """Minus the log density of ``residual`` as noise, in nats, up to a constant: a scalar, 0 for no residual."""
+        ...
 
 
 class Defense(ABC):
@@ -41,6 +58,15 @@ class Defense(ABC):
     def codec(self) -> Codec:
         """How this defense's updates are packed. Must be lossless on whatever ``protect`` returns."""
         return DENSE
+
+    @property
+    def model_codec(self) -> Codec:
+        """How the server's model is packed for a client that downloads all of it."""
+        return DENSE
+
+    def leaves(self) -> tuple[Defense, ...]:
+        """The defenses it is made of, in their order, however deep; itself where it is one."""
+        return (self,)
 
     def init_client(self, like: Params) -> State:
         """A client's state before its first round (error-feedback residual)."""
@@ -75,6 +101,20 @@ class Defense(ABC):
         """What the server (or a leader among ``num_clients``) tells every client before they protect."""
         return {}
 
+    def informed(self, shared: Shared) -> Defense:
+        """What computes one client's local gradients once ``shared`` is announced: itself, unless they depend on it."""
+        return self
+
+    def seen(self) -> State:
+        """What this object, as ``informed`` made it, noted while it computed one client's gradients."""
+        return {}
+
+    def asks(self, like: Params, shared: Shared) -> dict[str, Tensor]:
+        """Evidence that ``protect`` adds to the update this round, of these names, shapes and dtypes. The server hands
+        its weighted mean (of booleans: the share that is true) to ``compensate`` with that of the updates.
+        """
+        return {}
+
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """All random numbers of one client in one round; called outside ``vmap``. ``batch``: [S, B, ...]."""
         return {}
@@ -82,6 +122,12 @@ class Defense(ABC):
     def transform(self, batch: Batch, noise: Noise) -> Batch:
         """The examples that are trained on instead of the private ones (ATS, MixUp, InstaHide)."""
         return batch
+
+    def start(self, client: Client, state: State, shared: Shared) -> Params:
+        """The weights that a client's local work starts from, and its update is a change of: the broadcast, which is
+        ``client.params``, unless something of its own stayed with the client (PriPrune). Nothing is announced yet
+        when a leader is asked. Runs on a client, like ``protect``."""
+        return client.params
 
     def gradient(
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
@@ -106,6 +152,23 @@ class Defense(ABC):
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """A differentiable stand-in for ``protect``, for attackers who know the defense: applied to dummy updates."""
+        return update
+
+    def violation(self, update: Update, observation: Observation) -> Tensor:
+        """How far an update is from the nearest one of which the same entries would have been withheld as from the one
+        observed: squared, differentiable, a scalar; 0 where what is missing says nothing. For attackers who know the
+        defense; ``update`` is a dummy, before any protection.
+        """
+        return next(iter(update.values())).new_zeros(())
+
+    def noise_law(self) -> NoiseLaw | None:
+        """The law of the noise in what is sent, for attackers who know the defense; None: it adds none, or another
+        stage changes it."""
+        return None
+
+    def restore(self, update: Update, observation: Observation) -> Update:
+        """One client's observed update without what the server can take out of it by itself (its compensation), for
+        attackers who do that before they attack. Called outside ``vmap``."""
         return update
 
     def measure(self, state: State) -> dict[str, Tensor]:

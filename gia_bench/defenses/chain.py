@@ -10,17 +10,20 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense
+from gia_bench.defenses.ats import ATS
+from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense, NoiseLaw
 from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dp_sgd import DPSGD
+from gia_bench.defenses.mixup import InstaHide, MixUp
 from gia_bench.defenses.none import NoDefense
+from gia_bench.defenses.precode import PRECODE
 from gia_bench.errors import ConfigError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Payload, Shared, State, Update
-from gia_bench.wire import ALIGNED, DENSE, Codec
+from gia_bench.wire import ALIGNED, DENSE, Codec, places
 
-KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD)
+KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD, PRECODE, ATS, MixUp, InstaHide)
 """Of the defenses that pack densely: those that send zero where they are given zero."""
 
 Values = TypeVar("Values", Shared, State, Noise)
@@ -36,8 +39,8 @@ class Chain(Defense):
     stage draws what it would draw alone. What several stages measure under one name is the last one's.
 
     Raises ``ConfigError`` for no stage at all, for an announcing stage (ADGP) that is not the first (its leader is
-    asked for the update before any protection), for two stages that both compute the gradient (DP-SGD), and where a
-    stage after an aligned one could write off the announced mask.
+    asked for the update before any protection), for two stages that both compute the gradient (DP-SGD,
+    PRECODE), and where a stage after an aligned one could write off the announced mask.
     """
 
     stages: Mapping[str, Defense]
@@ -81,6 +84,10 @@ class Chain(Defense):
     def _packing(self) -> int:
         return max((i for i, s in enumerate(self.parts) if s.codec is not DENSE), default=0)
 
+    def leaves(self) -> tuple[Defense, ...]:
+        """Those of all stages."""
+        return tuple(leaf for stage in self.parts for leaf in stage.leaves())
+
     def init_client(self, like: Params) -> State:
         """All stages' states."""
         return _together([s.init_client(like) for s in self.parts])
@@ -122,6 +129,11 @@ class Chain(Defense):
         first, state = self.parts[0], _part(server_state, 0)
         return _together([first.announce(like, state, round_index, num_clients, draw, ask_first)])
 
+    def informed(self, shared: Shared) -> Defense:
+        """Every stage by its own announcement."""
+        own = {n: s.informed(_part(shared, i)) for i, (n, s) in enumerate(self.stages.items())}
+        return Chain(stages=own) if any(own[n] is not s for n, s in self.stages.items()) else self
+
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """All stages' random numbers, each from a stream of its own."""
         seed = generator.initial_seed()
@@ -133,6 +145,12 @@ class Chain(Defense):
         for i, stage in enumerate(self.parts):
             batch = stage.transform(batch, _part(noise, i))
         return batch
+
+    def start(self, client: Client, state: State, shared: Shared) -> Params:
+        """With all that stayed with the client in any stage."""
+        for i, stage in enumerate(self.parts):
+            client = client._replace(params=stage.start(client, _part(state, i), _part(shared, i)))
+        return client.params
 
     def gradient(
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
@@ -175,6 +193,30 @@ class Chain(Defense):
             update = stage.surrogate(update, own)
         return update
 
+    def violation(self, update: Update, observation: Observation) -> Tensor:
+        """The stages' sum, each for the update that the stages before it would have made of the dummy.
+
+        All look at what was observed in the end: behind noise nothing is missing, so nothing is violated.
+        """
+        found = []
+        for i, stage in enumerate(self.parts):
+            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
+            found.append(stage.violation(update, own))
+            update = stage.surrogate(update, own)
+        return torch.stack(found).sum()
+
+    def noise_law(self) -> NoiseLaw | None:
+        """The last stage's, where no other one adds noise."""
+        laws = [stage.noise_law() for stage in self.parts]
+        return laws[-1] if laws[:-1] == [None] * (len(laws) - 1) else None
+
+    def restore(self, update: Update, observation: Observation) -> Update:
+        """By all stages, the last one first."""
+        for i, stage in reversed(list(enumerate(self.parts))):
+            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
+            update = stage.restore(update, own)
+        return update
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """All that the stages measure."""
         measured: dict[str, Tensor] = {}
@@ -196,6 +238,9 @@ class _Within:
 
     def decode(self, payload: Payload, like: Params, shared: Shared) -> Update:
         return self.codec.decode(payload, like, _part(shared, self.position))
+
+    def places(self, like: Params, shared: Shared) -> dict[str, Tensor]:
+        return places(self.codec, like, _part(shared, self.position))
 
 
 def _together(parts: list[Values]) -> Values:

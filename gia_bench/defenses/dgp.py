@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.feedback import ErrorFeedback
-from gia_bench.defenses.selection import Mask, band, check_band, exact, on_support
+from gia_bench.defenses.selection import Mask, band, check_band, exact, on_support, violation
 from gia_bench.values import Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import SPARSE, Codec
 
@@ -56,6 +56,11 @@ class DGP(Defense):
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update where the observed one is not zero."""
         return on_support(update, observation.update)
+
+    def violation(self, update: Update, observation: Observation) -> Tensor:
+        """Missing entries lie above the largest sent one or below the smallest: exact without a residual, which takes
+        part in the ranks and which nobody else sees."""
+        return violation(update, observation.update, exact(self.k1), self.scope)
 
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +13,27 @@ from gia_bench.errors import ConfigError, choices
 ACCOUNTANTS = ("rdp", "prv")
 
 
+class Mechanism(NamedTuple):
+    """A Gaussian mechanism that a budget can be computed for.
+
+    unit: "example" | "client": whose presence is hidden; noise_multiplier: the noise's standard deviation over what one
+    unit can change; delta, accountant: as in ``epsilon``.
+    """
+
+    unit: str
+    noise_multiplier: float
+    delta: float
+    accountant: str
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """A defense whose budget is recorded while it runs."""
+
+    @property
+    def mechanism(self) -> Mechanism: ...
+
+
 class Budget(NamedTuple):
     """(epsilon, delta)-differential privacy of one client's examples. nominal: the number is computed as if examples
     were sampled as the accountant assumes, and they were not; it is a label, not a guarantee."""
@@ -19,6 +41,13 @@ class Budget(NamedTuple):
     epsilon: float
     delta: float
     nominal: bool
+
+
+def check_budget(name: str, delta: float, accountant: str) -> None:
+    """Raises ``ConfigError`` for a delta outside of (0, 1) and for an accountant that does not exist."""
+    check(f"{name} delta", delta, lambda d: 0 < d < 1, "lie in (0, 1); below 1 / examples is usual")
+    if accountant not in ACCOUNTANTS:
+        raise ConfigError(choices(f"{name} accountant", accountant, ACCOUNTANTS))
 
 
 def epsilon(
@@ -43,19 +72,19 @@ def epsilon(
     )
     check(f"{where} sample_rate", sample_rate, lambda q: 0 < q <= 1, "lie in (0, 1]")
     check(f"{where} num_steps", num_steps, lambda n: n >= 1 and n == int(n), "be a whole number of at least 1")
-    check(f"{where} delta", delta, lambda d: 0 < d < 1, "lie in (0, 1); below 1 / examples is usual")
-    if accountant not in ACCOUNTANTS:
-        raise ConfigError(choices(f"{where} accountant", accountant, ACCOUNTANTS))
+    check_budget(where, delta, accountant)
     try:
         # here, because it is heavy and only this function needs it
         from opacus.accountants import create_accountant
     except ImportError as error:
         raise ConfigError(
             "The privacy budget is computed by Opacus, which is not installed: pip install opacus."
-        ) from (error)
+        ) from error
     ledger = create_accountant(accountant)
     ledger.history = [(noise_multiplier, sample_rate, num_steps)]
     # at a sample rate of 1 Opacus' PRV takes the logarithm of 0, and minus infinity is what it means there
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore"), warnings.catch_warnings():
+        # far from the usual budgets RDP's best order lies outside of those tried; what it gives is a bound all the same
+        warnings.filterwarnings("ignore", message="Optimal order is the")
         spent = float(ledger.get_epsilon(delta=delta))
     return Budget(spent, delta, nominal=not poisson and sample_rate < 1)

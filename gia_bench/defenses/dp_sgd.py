@@ -13,6 +13,7 @@ from torch.func import grad, vmap
 from gia_bench.defenses.base import BatchLoss, Client, Defense
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
+from gia_bench.defenses.dp_accounting import Mechanism, check_budget
 from gia_bench.errors import IncompatibleError
 from gia_bench.values import Batch, Buffers, Noise, Params, Shared, State, Update
 
@@ -27,13 +28,15 @@ class DPSGD(Defense):
 
     max_grad_norm: C, the joint Euclidean norm that one example's gradient may have, > 0; noise_multiplier: the noise's
     standard deviation is noise_multiplier * C on the sum, >= 0. It is divided by the examples that the batch really
-    holds. The privacy it gives is computed by ``dp_accounting.epsilon``.
+    holds. delta, accountant: of the budget that is recorded, as in ``dp_accounting.epsilon``.
 
     A model whose examples are coupled (BatchNorm in training mode) is refused.
     """
 
     max_grad_norm: float = 1.0
     noise_multiplier: float = 1.0
+    delta: float = 1e-5
+    accountant: str = "rdp"
 
     def __post_init__(self) -> None:
         check("defense dp_sgd: max_grad_norm", self.max_grad_norm, lambda c: 0 < c < math.inf, "be finite and above 0")
@@ -41,6 +44,12 @@ class DPSGD(Defense):
             "defense dp_sgd: noise_multiplier", self.noise_multiplier, lambda s: 0 <= s < math.inf,
             "be finite and at least 0",
         )  # fmt: skip
+        check_budget("defense dp_sgd:", self.delta, self.accountant)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Of one local step, for one of the client's examples."""
+        return Mechanism("example", self.noise_multiplier, self.delta, self.accountant)
 
     def check_victim(self, victim: Victim) -> None:
         """Needs a model whose examples are independent."""

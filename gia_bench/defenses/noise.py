@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
-from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.errors import ConfigError
 from gia_bench.values import Batch, Noise, Params, Shared, State, Update
@@ -36,6 +37,10 @@ class GaussianNoise(Defense):
     def sigma(self) -> float:
         """The standard deviation."""
         return math.sqrt(self.variance) if self.variance is not None else float(self.scale or 0)
+
+    def noise_law(self) -> NoiseLaw | None:
+        """Gaussian; None for sigma = 0."""
+        return _Gaussian(self.sigma) if self.sigma else None
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Standard normal numbers, float32 on the CPU, by parameter name."""
@@ -67,20 +72,45 @@ class LaplaceNoise(Defense):
         """The Laplace distribution's scale."""
         return math.sqrt(self.variance / 2) if self.variance is not None else float(self.scale or 0)
 
+    def noise_law(self) -> NoiseLaw | None:
+        """Laplace; None for b = 0."""
+        return _Laplace(self.b) if self.b else None
+
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Laplace(0, 1) numbers, float32 on the CPU, by parameter name."""
 
-        def exponential(param: torch.Tensor) -> torch.Tensor:
-            return torch.empty(param.shape).exponential_(generator=generator)
+        def laplace(param: torch.Tensor) -> torch.Tensor:
+            # half of the uniform numbers for each sign; what is left is below 1, so that the logarithm is finite
+            twice = torch.rand(param.shape, generator=generator).mul_(2)
+            positive = twice >= 1
+            exponential = twice.frac_().neg_().log1p_()
+            return torch.where(positive, -exponential, exponential)
 
-        # the difference of two exponentials; the inverse distribution function would give infinity at its border
-        return {name: exponential(param) - exponential(param) for name, param in like.items()}
+        return {name: laplace(param) for name, param in like.items()}
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """The update plus b times the noise."""
         return _noisy(update, noise, self.b), state
+
+
+@final
+@dataclass(frozen=True)
+class _Gaussian:
+    sigma: float
+
+    def surprise(self, residual: Update) -> Tensor:
+        return torch.stack([r.square().sum() for r in residual.values()]).sum() / (2 * self.sigma**2)
+
+
+@final
+@dataclass(frozen=True)
+class _Laplace:
+    b: float
+
+    def surprise(self, residual: Update) -> Tensor:
+        return torch.stack([r.abs().sum() for r in residual.values()]).sum() / self.b
 
 
 def _noisy(update: Update, noise: Noise, scale: float) -> Update:

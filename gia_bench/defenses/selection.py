@@ -74,6 +74,25 @@ def restricted(update: Update, mask: Mask) -> Update:
     return {name: torch.where(mask[name], u, 0) for name, u in update.items()}
 
 
+def violation(update: Update, observed: Update, k1: Fraction, scope: str) -> Tensor:
+    """The squared distance of ``update``, on the entries that are 0 in ``observed``, to what a band can have withheld.
+
+    Of the withheld entries of a tensor (or of all tensors) the floor(k1 n) largest are at least as large as the largest
+    observed one, the others at most as large as the smallest. An observed update without any entry gives 0.
+    """
+    names = [[name] for name in update] if scope == "tensor" else [list(update)]
+    rows = [[torch.cat([u[name].reshape(-1) for name in some]) for u in (update, observed)] for some in names]
+    return torch.stack([_violation(dummy, seen, math.floor(k1 * dummy.numel())) for dummy, seen in rows]).sum()
+
+
+def _violation(dummy: Tensor, seen: Tensor, count: int) -> Tensor:
+    missing, size = seen == 0, dummy.abs()
+    largest, smallest = seen.abs().amax(), torch.where(missing, torch.inf, seen.abs()).amin()
+    top = ranks(bits_of(torch.where(missing, size.detach(), 0)), 0, count) if count else torch.zeros_like(missing)
+    wrong = torch.where(top, (largest - size).clamp(min=0), (size - smallest).clamp(min=0))
+    return torch.where(missing & smallest.isfinite(), wrong, 0).square().sum()
+
+
 def exact(share: float) -> Fraction:
     """The fraction that was meant: 0.05 is 1/20, so that floor(0.05 * 20) is 1 and 0.05 + 0.95 is 1."""
     return Fraction(share).limit_denominator(10**9)

@@ -12,6 +12,7 @@ from torch.func import vjp, vmap
 
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.checks import check
+from gia_bench.defenses.conv_chain import conv_chain
 from gia_bench.errors import IncompatibleError
 from gia_bench.models.functional import Head, Victim
 from gia_bench.values import Batch, Noise, Observation, Shared, State, Update
@@ -31,7 +32,8 @@ class Soteria(Defense):
 
     prune: share in [0, 1]: 0.01 (authors' DLG notebook), 0.1 (GGL), 0.5 (Plato), 0.6 (authors' ConvNet example),
     0.8 (DGP), 0.6 and 0.8 (GradDefense's PLD). epsilon: >= 0: 0.1 (authors' ConvNet example), 0 (their DLG notebook),
-    1e-10 (GGL, DGP). features_at_once: how many are differentiated together; changes memory, not numbers.
+    1e-10 (GGL, DGP). features_at_once: how many are differentiated together; changes memory, not numbers (and without
+    effect for chains of convolutions on a CPU, whose lengths ``conv_chain`` computes without backward passes).
 
     Under FedAvg the scores are of all local steps' examples at the broadcast model; the paper has one gradient only.
     Raises ``IncompatibleError`` for a model without a linear head on a vector of features.
@@ -79,12 +81,26 @@ class Soteria(Defense):
 
     def _scores(self, client: Client, head: Head, batch: Batch) -> Tensor:
         """Scores [features] of one local step."""
+        victim, inputs = client.victim, batch.inputs
+        # on a GPU one batched backward pass is faster than many small matrix products
+        chain = conv_chain(victim, head) if inputs.device.type == "cpu" else None
+        if chain is None:
+            r, d = self._backward(client, head, inputs)
+        else:
+            r, slopes = chain.features(client.params, _normalised(victim, inputs))
+            d = torch.stack([chain.lengths(client.params, [s[b] for s in slopes]) for b in range(len(r))], 1)
+        scores = torch.where(d == 0, 0, d / (r.T + self.epsilon))
+        total: Tensor = (scores * batch.mask).sum(1)
+        return total
+
+    def _backward(self, client: Client, head: Head, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features r [B, features] and ||d r / d x|| [features, B] of any model, by backward passes."""
 
         def represent(inputs: Tensor) -> Tensor:
             return features(client, head, inputs)
 
         r: Tensor
-        r, backward = vjp(represent, batch.inputs)  # type: ignore[misc]  # the third value comes with has_aux alone
+        r, backward = vjp(represent, inputs)  # type: ignore[misc]  # the third value comes with has_aux alone
         B, num_features = r.shape
         ones = torch.eye(num_features, dtype=r.dtype, device=r.device)
 
@@ -94,10 +110,7 @@ class Soteria(Defense):
             length: Tensor = (pixels * _std(client.victim, pixels)).flatten(1).square().sum(1).sqrt()
             return length
 
-        d = vmap(lengths, chunk_size=int(self.features_at_once))(ones)
-        scores = torch.where(d == 0, 0, d / (r.T + self.epsilon))
-        total: Tensor = (scores * batch.mask).sum(1)
-        return total
+        return r, vmap(lengths, chunk_size=int(self.features_at_once))(ones)
 
 
 def features(client: Client, head: Head, inputs: Tensor) -> Tensor:
@@ -125,6 +138,13 @@ def percentile(scores: Tensor, share: float) -> Tensor:
     low = math.floor(place)
     high = min(low + 1, len(scores) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _normalised(victim: Victim, inputs: Tensor) -> Tensor:
+    """Images in [0, 1] as the network sees them."""
+    if victim.mean is None or victim.std is None:
+        return inputs
+    return (inputs - victim.mean.view(-1, 1, 1)) / victim.std.view(-1, 1, 1)
 
 
 def _std(victim: Victim, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.feedback import ErrorFeedback
-from gia_bench.defenses.selection import Mask, band, check_scope, exact, on_support
+from gia_bench.defenses.selection import Mask, band, check_scope, exact, on_support, violation
 from gia_bench.values import Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import SPARSE, Codec
 
@@ -54,6 +54,11 @@ class TopK(Defense):
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update where the observed one is not zero."""
         return on_support(update, observation.update)
+
+    def violation(self, update: Update, observation: Observation) -> Tensor:
+        """Missing entries lie below the smallest sent one: exact without a residual, which takes part in the ranks and
+        which nobody else sees."""
+        return violation(update, observation.update, exact(0), self.scope)
 
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""

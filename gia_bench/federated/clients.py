@@ -8,12 +8,12 @@ from typing import final
 import torch
 
 from gia_bench.data.cohort import Cohort
-from gia_bench.defenses.base import Client
+from gia_bench.defenses.base import Client, Defense
 from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWork
 from gia_bench.federated.local import LocalResult
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.seeding import stream
-from gia_bench.values import Batch, Shared, State, Update
+from gia_bench.values import Shared, State, Update
 
 
 @final
@@ -40,7 +40,7 @@ class Clients:
         self.asked = True
 
         def unprotected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            _, result = self._work(inputs, counts)
+            _, result = self._work(inputs, counts, self.rules.defense, {})
             return ClientOutputs(result.update, result.buffers, inputs.state, result.loss)
 
         outputs = self._map(unprotected, [member])
@@ -50,19 +50,26 @@ class Clients:
         """A chunk's protected updates [k, ...]."""
 
         def protected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            batch, (update, buffers, loss) = self._work(inputs, counts)
-            client = Client(self.rules.victim, self.server.params, inputs.buffers, batch)
+            # one for each client: what it sees of a client's gradients is nobody else's
+            informed = self.rules.defense.informed(shared)
+            client, (update, buffers, loss) = self._work(inputs, counts, informed, shared)
+            client = client._replace(seen=informed.seen())
             sent, state = self.rules.defense.protect(update, client, inputs.state, shared, inputs.noise)
             return ClientOutputs(sent, buffers, state, loss)
 
         return self._map(protected, chunk)
 
-    def _work(self, inputs: ClientInputs, counts: Sequence[int] | None) -> tuple[Batch, LocalResult]:
-        """The batch that one client trains on, and what its local work gives."""
-        rules, params = self.rules, self.server.params
+    def _work(
+        self, inputs: ClientInputs, counts: Sequence[int] | None, gradients: Defense, shared: Shared
+    ) -> tuple[Client, LocalResult]:
+        """What one client starts from and trains on, and what its local work with these gradients gives."""
+        rules = self.rules
         batch = rules.defense.transform(inputs.batch, inputs.noise)
         local = rules.local.at(self.cohort.round_index)
-        return batch, local.run(rules.victim, rules.defense, params, inputs.buffers, batch, inputs.noise, counts)
+        told = Client(rules.victim, self.server.params, inputs.buffers, batch, learning_rate=local.learning_rate)
+        client = told._replace(params=rules.defense.start(told, inputs.state, shared))
+        result = local.run(rules.victim, gradients, client.params, inputs.buffers, batch, inputs.noise, counts)
+        return client, result
 
     def _map(self, work: ClientWork, chunk: Sequence[int]) -> ClientOutputs:
         cohort, params, defense, seed = self.cohort, self.server.params, self.rules.defense, self.rules.seed

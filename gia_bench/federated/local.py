@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from gia_bench.defenses.base import BatchLoss, Defense
+from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Noise, Params, Update
+
+UNDEFENDED = NoDefense()
 
 
 class LocalResult(NamedTuple):
@@ -52,6 +55,21 @@ class LocalWork(Protocol):
         padding exactly, or None to leave it to the mask."""
         ...
 
+    def plan(self, num_examples: int) -> list[list[slice]]:
+        """What is public about a client's steps: for every pass over its data, the places in that pass's order that
+        each step takes. Who stands at which place is drawn by the client and nobody else knows it."""
+        ...
+
+    def scale(self, num_examples: int) -> float:
+        """The update of a gradient that stays the same from step to step, as a multiple of it."""
+        ...
+
+    def simulate(self, victim: Victim, params: Params, buffers: Buffers, passes: Sequence[Batch]) -> Update:
+        """The update of an undefended client whose e-th pass walks through ``passes[e]`` [B, ...] from front to back;
+        differentiable in them through every step. Where passes are missing, the last one is walked through again.
+        """
+        ...
+
 
 def decay(milestones: Sequence[int], gamma: float | Sequence[float], round_index: int) -> float:
     """A learning rate's factor in a round: the product of ``gamma`` (one, or one per milestone) over those passed."""
@@ -68,7 +86,12 @@ def step_of(batch: Batch, step: int, counts: Sequence[int] | None) -> Batch:
 
 
 def _loss(victim: Victim, buffers: Buffers) -> BatchLoss:
-    return lambda params, batch: victim.objective(params, buffers, batch)
+    def loss(params: Params, batch: Batch, replaced: Buffers | None = None) -> tuple[Tensor, Buffers]:
+        own = replaced or {}
+        value, after = victim.objective(params, {**buffers, **own}, batch)
+        return value, {**after, **{k: buffers[k] for k in own}}
+
+    return loss
 
 
 def _check_batch_size(batch_size: int | None, num_examples: int, client: int) -> int:
@@ -78,6 +101,16 @@ def _check_batch_size(batch_size: int | None, num_examples: int, client: int) ->
             "batch, fewer clients, or fl.local.batch_size=null for all of a client's data at once."
         )
     return batch_size or num_examples
+
+
+class _Walk(NamedTuple):
+    """Where local SGD stands: weights, momentum, buffers, and what each step found."""
+
+    weights: Params
+    velocity: Params
+    buffers: Buffers
+    losses: tuple[Tensor, ...] = ()
+    active: tuple[Tensor, ...] = ()
 
 
 @final
@@ -122,6 +155,18 @@ class FedSGD:
         gradient, after, loss = defense.gradient(_loss(victim, buffers), params, step_of(batch, 0, counts), noise, 0)
         return LocalResult(gradient, after, loss)
 
+    def plan(self, num_examples: int) -> list[list[slice]]:
+        """One pass of one step: all the examples that the update stands for."""
+        return [[slice(0, num_examples)]]
+
+    def scale(self, num_examples: int) -> float:
+        """1: the gradient itself."""
+        return 1.0
+
+    def simulate(self, victim: Victim, params: Params, buffers: Buffers, passes: Sequence[Batch]) -> Update:
+        """The gradient of the mean loss over the first pass."""
+        return UNDEFENDED.gradient(_loss(victim, buffers), params, passes[0], {}, 0)[0]
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +207,12 @@ class FedAvg:
 
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
         """Shuffled passes over the client's data; the last batch of a pass may be smaller."""
-        size = _check_batch_size(self.batch_size, num_examples, client)
-        per_epoch = -(-num_examples // size)
-        total = self.steps if self.steps is not None else per_epoch * (self.epochs or 0)
+        _check_batch_size(self.batch_size, num_examples, client)
         batches: list[Tensor] = []
-        for epoch in range(-(-total // per_epoch)):
+        for epoch, places in enumerate(self.plan(num_examples)):
             order = torch.randperm(num_examples, generator=stream(seed, "batch", round_index, client, epoch))
-            batches.extend(torch.split(order, size))
-        return batches[:total]
+            batches.extend(order[place] for place in places)
+        return batches
 
     def weight(self, num_examples: int, steps: Sequence[Tensor]) -> int:
         """All that the client holds (FedAvg's n_k)."""
@@ -180,20 +223,47 @@ class FedAvg:
         counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
         """SGD with momentum and weight decay as in ``torch.optim.SGD``; steps without any example change nothing."""
-        rate = self.learning_rate
-        weights, velocity = params, {k: torch.zeros_like(v) for k, v in params.items()}
-        losses, active_steps = [], []
+        walk = self._start(params, buffers)
         for s in range(batch.mask.shape[0]):
-            here = step_of(batch, s, counts)
-            gradient, after, loss = defense.gradient(_loss(victim, buffers), weights, here, noise, s)
-            active = here.mask.sum() > 0
-            for k, w in weights.items():
-                gradient[k] = gradient[k] + self.weight_decay * w
-            moved = {k: self.momentum * v + gradient[k] for k, v in velocity.items()}
-            weights = {k: torch.where(active, w - rate * moved[k], w) for k, w in weights.items()}
-            velocity = {k: torch.where(active, moved[k], v) for k, v in velocity.items()}
-            buffers = {k: torch.where(active, after[k], v) for k, v in buffers.items()}
-            losses.append(loss * active)
-            active_steps.append(active)
-        loss = torch.stack(losses).sum() / torch.stack(active_steps).sum().clamp(min=1)
-        return LocalResult({k: params[k] - w for k, w in weights.items()}, buffers, loss)
+            walk = self._step(walk, victim, defense, step_of(batch, s, counts), noise)
+        loss = torch.stack(walk.losses).sum() / torch.stack(walk.active).sum().clamp(min=1)
+        return LocalResult({k: params[k] - w for k, w in walk.weights.items()}, walk.buffers, loss)
+
+    def plan(self, num_examples: int) -> list[list[slice]]:
+        """Passes of ``batch_size`` examples a step; the last step of a pass takes what is left, and with ``steps`` the
+        last pass stops early."""
+        size = min(self.batch_size or num_examples, num_examples)
+        one = [slice(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
+        total = self.steps if self.steps is not None else len(one) * (self.epochs or 0)
+        return [one[: total - done] for done in range(0, total, len(one))]
+
+    def scale(self, num_examples: int) -> float:
+        """The learning rate times the number of steps; with momentum, each step counts in all that follow it."""
+        steps = sum(len(places) for places in self.plan(num_examples))
+        return self.learning_rate * sum(self.momentum ** (s - t) for s in range(steps) for t in range(s + 1))
+
+    def simulate(self, victim: Victim, params: Params, buffers: Buffers, passes: Sequence[Batch]) -> Update:
+        """The same steps as ``run`` takes, in the order of ``passes``."""
+        walk = self._start(params, buffers)
+        for epoch, places in enumerate(self.plan(passes[0].mask.shape[0])):
+            data = passes[min(epoch, len(passes) - 1)]
+            for place in places:
+                walk = self._step(walk, victim, UNDEFENDED, Batch(*(t[place] for t in data)), {})
+        return {k: params[k] - w for k, w in walk.weights.items()}
+
+    def _start(self, params: Params, buffers: Buffers) -> _Walk:
+        return _Walk(params, {k: torch.zeros_like(v) for k, v in params.items()}, buffers)
+
+    def _step(self, walk: _Walk, victim: Victim, defense: Defense, batch: Batch, noise: Noise) -> _Walk:
+        weights, velocity, buffers = walk.weights, walk.velocity, walk.buffers
+        gradient, after, loss = defense.gradient(_loss(victim, buffers), weights, batch, noise, len(walk.losses))
+        active = batch.mask.sum() > 0
+        decayed = {k: gradient[k] + self.weight_decay * w for k, w in weights.items()}
+        moved = {k: self.momentum * v + decayed[k] for k, v in velocity.items()}
+        return _Walk(
+            weights={k: torch.where(active, w - self.learning_rate * moved[k], w) for k, w in weights.items()},
+            velocity={k: torch.where(active, moved[k], v) for k, v in velocity.items()},
+            buffers={k: torch.where(active, after[k], v) for k, v in buffers.items()},
+            losses=(*walk.losses, loss * active),
+            active=(*walk.active, active),
+        )

@@ -16,10 +16,12 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from gia_bench.data.cohort import Cohort
+from gia_bench.federated.announcements import Announcements
 from gia_bench.federated.ranks import Ranks, current_ranks
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.schedule import Schedule
+from gia_bench.federated.states import ClientStates, MemoryStates
 from gia_bench.values import Buffers, Params, State, Transcript
 from gia_bench.wire import shared_bytes
 
@@ -38,10 +40,13 @@ class RoundCost:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoundReport:
-    """What a training step tells the probes; ``transcript`` only where the round is observed."""
+    """What a training step tells the probes; ``transcript`` and ``before`` only where the round is observed. before:
+    the server and the cohort's clients' states as they were when the round began, to play it again in another way.
+    """
 
     round_index: int
     transcript: Transcript | None
+    before: tuple[Server, Mapping[int, State]] | None
     cost: RoundCost
     train_loss: float
     dropped: tuple[int, ...]
@@ -51,15 +56,17 @@ class RoundReport:
 class FederatedModule(L.LightningModule):
     """Holds the server's model, its optimizer and everybody's states; the numbers come from ``play_round``."""
 
-    def __init__(self, rules: Rules, schedule: Schedule, num_classes: int) -> None:
+    def __init__(self, rules: Rules, schedule: Schedule, num_classes: int, states: ClientStates | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.rules, self.schedule = rules, schedule
         # a copy: the victim keeps the model as it is published, which is all that some attackers know
         self.network = copy.deepcopy(rules.victim.module)
         self.round_index = 0
-        self.client_states: dict[int, State] = {}
-        self.server_state: State = rules.defense.init_server(self.params())
+        self.client_states = MemoryStates() if states is None else states
+        self.server_state: State = {}
+        self._settle(rules.defense.init_server(self.params()))
+        self.announcements = Announcements()
         self.played_last: frozenset[int] = frozenset()
         self.played_always: frozenset[int] = frozenset()
         self.aggregate_bytes = 0
@@ -79,6 +86,7 @@ class FederatedModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._ranks = current_ranks()
+        self.client_states.begin()
         self.rules = dataclasses.replace(self.rules, victim=self.rules.victim.to(self.device))
         self.server_state = {k: v.to(self.device) for k, v in self.server_state.items()}
 
@@ -88,19 +96,28 @@ class FederatedModule(L.LightningModule):
         server = Server(self.params(), self.buffers_now(), self.server_state)
         with torch.no_grad():
             played = play_round(
-                self.rules, server, self.client_states, cohort, observed=self.observed(cohort), ranks=self._ranks
+                self.rules, server, self.client_states, cohort, observed=self.observed(cohort), ranks=self._ranks,
+                keep=self.client_states.keep,
+            )  # fmt: skip
+        before = None
+        if played.transcript is not None:
+            seen = played.transcript
+            # the transcript's copies: the optimizer is about to write into the server's own tensors
+            before = (
+                Server(seen.params, seen.buffers, self.server_state),
+                {c: self.client_states[c] for c in cohort.clients if c in self.client_states},
             )
         self._step(played)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         cost = self._cost(played, cohort, time.perf_counter() - started)
-        self.client_states |= played.states
+        self.client_states.commit(cohort.round_index, played.states)
         self.played_last, self.aggregate_bytes = frozenset(cohort.clients), played.aggregate_bytes
         self.played_always = self.played_last if cohort.round_index == 0 else self.played_always & self.played_last
         self.round_index = cohort.round_index + 1
         report = RoundReport(
-            round_index=cohort.round_index, transcript=played.transcript, cost=cost, train_loss=played.loss,
-            dropped=played.dropped,
+            round_index=cohort.round_index, transcript=played.transcript, before=before, cost=cost,
+            train_loss=played.loss, dropped=played.dropped,
         )  # fmt: skip
         return {"report": report}
 
@@ -118,18 +135,21 @@ class FederatedModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["federation"] = {
             "round_index": self.round_index,
-            "client_states": self.client_states,
+            "client_states": self.client_states.saved(),
             "server_state": self.server_state,
             "played_last": sorted(self.played_last),
             "played_always": sorted(self.played_always),
             "aggregate_bytes": self.aggregate_bytes,
+            "announcements": self.announcements.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["federation"]
         self.round_index, self.aggregate_bytes = saved["round_index"], saved["aggregate_bytes"]
-        self.client_states, self.server_state = saved["client_states"], saved["server_state"]
+        self.client_states.restore(saved["client_states"])
+        self.server_state = saved["server_state"]
         self.played_last, self.played_always = frozenset(saved["played_last"]), frozenset(saved["played_always"])
+        self.announcements = Announcements.of(saved["announcements"])
 
     def _step(self, played: Round) -> None:
         for name, parameter in self.network.named_parameters():
@@ -138,16 +158,22 @@ class FederatedModule(L.LightningModule):
             buffer.copy_(played.buffers[name])
         self.optimizers().step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
+        self._settle(played.server_state)
+
+    def _settle(self, server_state: State) -> None:
+        """The defense's last word on the server's model."""
         params = self.params()
-        settled, self.server_state = self.rules.defense.settle(params, played.server_state)
+        settled, self.server_state = self.rules.defense.settle(params, server_state)
         for name, own in params.items():
             if settled[name] is not own:
                 own.copy_(settled[name])
 
     def _cost(self, played: Round, cohort: Cohort, seconds: float) -> RoundCost:
-        """A client that can take the server's step itself downloads only the aggregate; others, the model.
+        """A client that can take the server's step itself downloads only the aggregate; others, the model. Of an
+        announcement it downloads what it does not hold yet.
 
-        It can if it played the round before and the optimizer remembers nothing, or if it has played every round.
+        It can take the step if it played the round before and the optimizer remembers nothing, or if it has played
+        every round.
         """
         buffers = sum(b.nbytes for b in self.buffers_now().values())
         model = sum(p.nbytes for p in self.params().values())
@@ -155,12 +181,15 @@ class FederatedModule(L.LightningModule):
         current = sum(c in able for c in cohort.clients)
         num_clients = len(cohort.clients)
         announced = shared_bytes(played.shared)
-        down = (current * self.aggregate_bytes + (num_clients - current) * model) / num_clients
+        down = (current * self.aggregate_bytes + (num_clients - current) * played.model_bytes) / num_clients
         return RoundCost(
             # the leader of a round sends its announcement up, everybody takes it down
             uplink_bytes=sum(played.uplink_bytes.values()) / len(played.uplink_bytes)
             + played.led * announced / num_clients,
-            downlink_bytes=down + buffers + announced,
+            downlink_bytes=down
+            + buffers
+            + self.announcements.tell(played.shared, cohort.clients)
+            + self.rules.aggregation.downlink_bytes(num_clients),
             dense_uplink_bytes=model + buffers,
             dense_downlink_bytes=model + buffers,
             round_seconds=seconds,

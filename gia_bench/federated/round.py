@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from gia_bench.data.cohort import Cohort
 from gia_bench.errors import NonFiniteError
+from gia_bench.federated.aggregation import Meeting
 from gia_bench.federated.clients import Clients
 from gia_bench.federated.ranks import Alone, Ranks
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.values import Buffers, Payload, Shared, State, Transcript, Update
+
+Keep: TypeAlias = Callable[[int, int, State], State]
+"""(client, round, its next state) -> the same state as it is held until the next round."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Round:
     """What a round leaves behind. aggregate: the compensated weighted mean, for the server's optimizer; states: of the
     clients that played; led: whether a client (and not the server) made the announcement ``shared``; uplink_bytes: per
-    client, as packed; aggregate_bytes: what ``aggregate`` takes on the way down; dropped: clients whose updates were
-    not finite; transcript: None where nobody was observed.
+    client, as packed; aggregate_bytes: what ``aggregate`` takes on the way down; model_bytes: what the broadcast model
+    does; dropped: clients that sent nothing, since their
+    updates were not finite or they vanished; transcript: None where nobody was observed.
     """
 
     aggregate: Update
@@ -32,6 +38,7 @@ class Round:
     led: bool
     uplink_bytes: Mapping[int, int]
     aggregate_bytes: int
+    model_bytes: int
     loss: float
     dropped: tuple[int, ...]
     transcript: Transcript | None
@@ -46,6 +53,7 @@ class _Share:
     dropped: list[int] = field(default_factory=list)
     payloads: dict[int, Payload] = field(default_factory=dict)
     updates: dict[int, Update] = field(default_factory=dict)
+    evidence: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     sent_buffers: dict[int, Buffers] = field(default_factory=dict)
     loss: float = 0.0
     weight: float = 0.0
@@ -56,35 +64,10 @@ class _Share:
         self.dropped += other.dropped
         self.payloads |= other.payloads
         self.updates |= other.updates
+        self.evidence |= other.evidence
         self.sent_buffers |= other.sent_buffers
         self.loss += other.loss
         self.weight += other.weight
-
-
-class _Sum:
-    """A running weighted sum, so that memory does not grow with the cohort."""
-
-    def __init__(self) -> None:
-        self.total: dict[str, Tensor] = {}
-
-    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        for name, tensor in tensors.items():
-            if name not in self.total:
-                self.total[name] = torch.zeros_like(tensor, dtype=_summable(tensor.dtype))
-            self.total[name].add_(tensor.to(self.total[name].dtype), alpha=weight)
-
-    def mean(self, weight: float, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-        mean = {}
-        for k, v in like.items():
-            own = self.total.get(k)  # absent on a rank without a client
-            total = ranks.sum(torch.zeros_like(v, dtype=_summable(v.dtype)) if own is None else own) / weight
-            mean[k] = (total if v.is_floating_point() else total.round()).to(v.dtype)
-        return mean
-
-
-def _summable(dtype: torch.dtype) -> torch.dtype:
-    # integer buffers (BatchNorm's counter) are averaged exactly; halves would overflow
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float64
 
 
 def play_round(
@@ -95,19 +78,33 @@ def play_round(
     *,
     observed: Collection[int] = (),
     ranks: Ranks | None = None,
+    keep: Keep | None = None,
 ) -> Round:
     """Broadcast, local work, protection, the wire, and the weighted mean.
 
     ``states`` holds the states of clients that played before; ``observed``: clients whose payloads are kept for the
-    transcript. Mutates nothing. Raises ``NonFiniteError`` naming client, round and tensor.
+    transcript; keep: where each client's next state goes at once, so that a cohort's need not fit the memory together.
+    Mutates nothing. Raises ``NonFiniteError`` naming client, round and tensor.
     """
     ranks = ranks or Alone()
     params, defense, round_index = server.params, rules.defense, cohort.round_index
     clients = Clients(rules, server, states, cohort)
     shared = clients.announce()
-    total, total_buffers, share = _Sum(), _Sum(), _Share()
+    like = params | defense.asks(params, shared)
+    weights = cohort.weights if rules.weighting == "examples" else (1,) * len(cohort.clients)
+    gathering = rules.aggregation.begin(
+        Meeting(
+            seed=rules.seed, round_index=round_index, clients=cohort.clients, weights=weights, like=like,
+            buffers=server.buffers, shared=shared, codec=defense.codec,
+        )
+    )  # fmt: skip
+    share = _Share()
 
-    members = range(len(cohort.clients))[ranks.index :: ranks.count]
+    members = [
+        member
+        for member in range(len(cohort.clients))[ranks.index :: ranks.count]
+        if cohort.clients[member] not in gathering.vanished
+    ]
     for chunk in rules.executor.chunks(cohort, members, rules.victim.batch_coupled):
         outputs = clients.run(chunk, shared)
         finite = _finite(outputs.sent)
@@ -120,46 +117,46 @@ def play_round(
                 share.dropped.append(client)
                 continue
             own_buffers = {k: v[row] for k, v in outputs.buffers.items()}
-            payload = defense.codec.encode(sent, shared, cohort.num_examples[member])
-            decoded = defense.codec.decode(payload, params, shared)
-            weight = float(cohort.weights[member]) if rules.weighting == "examples" else 1.0
-            total.add(decoded, weight)
-            total_buffers.add(own_buffers, weight)
-            share.loss += weight * float(outputs.loss[row])
-            share.weight += weight
-            share.uplink[client] = payload.num_bytes + _num_bytes(own_buffers)
+            received = gathering.receive(member, cohort.num_examples[member], sent, own_buffers)
+            share.loss += weights[member] * float(outputs.loss[row])
+            share.weight += weights[member]
+            share.uplink[client] = received.num_bytes
             if outputs.state:
                 # on the host, in its own memory: a view would keep the whole chunk alive
-                share.states[client] = {k: v[row].to("cpu", copy=True) for k, v in outputs.state.items()}
+                state = {k: v[row].to("cpu", copy=True) for k, v in outputs.state.items()}
+                share.states[client] = state if keep is None else keep(client, round_index, state)
             if client in observed:
-                share.payloads[client] = payload
-                share.updates[client], share.sent_buffers[client] = _copy(decoded), _copy(own_buffers)
+                share.payloads[client] = received.payload
+                if received.update is not None:
+                    share.updates[client], share.evidence[client] = _split(received.update, params)
+                    share.sent_buffers[client] = _copy(own_buffers)
 
     whole = _Share()
     for part in ranks.gather(share):
         whole.add(part)
-    gone = tuple(sorted(whole.dropped))
+    gone = tuple(sorted({*whole.dropped, *gathering.vanished}))
     if not whole.weight:
         raise NonFiniteError(f"Round {round_index}: no client sent a finite update, so there is nothing to average.")
 
-    mean = total.mean(whole.weight, params, ranks)
+    mean, buffers = gathering.means(gone, ranks)
     aggregate, server_state = defense.compensate(mean, server.defense, shared)
     alive = [(c, n) for c, n in zip(cohort.clients, cohort.num_examples, strict=True) if c not in gone]
     num_examples = sum(n for _, n in alive)
     transcript = Transcript(
         round_index, _copy(params), _copy(server.buffers), shared,
         whole.payloads, whole.updates, whole.sent_buffers,
-        _copy(mean), tuple(c for c, _ in alive), num_examples,
+        _split(mean, params)[0], tuple(c for c, _ in alive), num_examples, whole.evidence,
     )  # fmt: skip
     return Round(
         aggregate=aggregate,
-        buffers=total_buffers.mean(whole.weight, server.buffers, ranks),
+        buffers=buffers,
         server_state=server_state,
         states=whole.states,
         shared=shared,
         led=clients.asked,
         uplink_bytes=whole.uplink,
         aggregate_bytes=defense.codec.encode(aggregate, shared, num_examples).num_bytes,
+        model_bytes=defense.model_codec.encode(params, shared, 0).num_bytes,
         loss=whole.loss / whole.weight,
         dropped=gone,
         transcript=transcript if observed else None,
@@ -180,8 +177,9 @@ def _nonfinite(sent: Update, client: int, round_index: int) -> NonFiniteError:
     )
 
 
-def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.nbytes for t in tensors.values())
+def _split(sent: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Update, dict[str, Tensor]]:
+    """Copies of the update and of the evidence beside it."""
+    return _copy({k: sent[k] for k in params}), _copy({k: v for k, v in sent.items() if k not in params})
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

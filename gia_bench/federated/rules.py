@@ -7,6 +7,7 @@ from typing import NamedTuple, final
 
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import ConfigError, choices
+from gia_bench.federated.aggregation import Aggregation, Plain
 from gia_bench.federated.execution import Executor
 from gia_bench.federated.local import LocalWork
 from gia_bench.models.functional import Victim
@@ -28,6 +29,7 @@ class Rules:
     seed: int
     weighting: str = "examples"
     on_nonfinite: str = "fail"
+    aggregation: Aggregation = Plain()  # noqa: RUF009 (frozen, without fields)
 
     def __post_init__(self) -> None:
         for name, value, known in (

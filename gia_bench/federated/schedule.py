@@ -13,6 +13,7 @@ from torch import nn
 from gia_bench.errors import ConfigError
 from gia_bench.federated.execution import Executor
 from gia_bench.federated.local import LocalWork, decay
+from gia_bench.federated.states import check_storage
 
 
 @final
@@ -45,7 +46,8 @@ class Schedule:
 
     clients_per_round: None for all; eval_every: rounds between two measurements of accuracy (the last round is always
     measured); attack_rounds: where the attacks look; attack_clients: how many of the cohort they look at, from its
-    first. Raises ``ConfigError`` for a round never played.
+    first; client_states: where the defense's residuals live between rounds, "memory" | "disk" (files in the run's
+    folder). Raises ``ConfigError`` for a round never played.
     """
 
     rounds: int
@@ -55,11 +57,13 @@ class Schedule:
     clients_per_round: int | None = None
     weighting: str = "examples"
     on_nonfinite: str = "fail"
+    client_states: str = "memory"
     eval_every: int = 10
     attack_rounds: Sequence[int] = (0,)
     attack_clients: int = 1
 
     def __post_init__(self) -> None:
+        check_storage(self.client_states)
         object.__setattr__(self, "attack_rounds", tuple(sorted(set(self.attack_rounds))))
         if self.rounds < 1 or self.eval_every < 1:
             raise ConfigError(f"fl.rounds={self.rounds} and fl.eval_every={self.eval_every}: both must be at least 1.")

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, final
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from gia_bench.errors import ConfigError, choices
 from gia_bench.metrics.assignment import NO_MATCH, match
 from gia_bench.metrics.images import UnavailableError, mse, psnr_db, ssim, unit_range
-from gia_bench.metrics.information import nmi
+from gia_bench.metrics.information import NMI_BINS, nmi
 from gia_bench.metrics.lpips import Lpips
-from gia_bench.records.schema import METRICS, Better, Status
+from gia_bench.records.schema import METRICS, ORACLE, Better, Status
 from gia_bench.values import Reconstruction, Truth
 
 ImageMetric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -34,14 +34,17 @@ FLAT = "oracle_flat_psnr_db"
 class Metrics:
     """What is measured on a reconstruction.
 
-    names: any of mse, psnr_db, ssim, nmi, label_accuracy; lpips: which LPIPS nets, or None.
-    Raises ``ConfigError`` for an unknown name.
+    names: any of mse, psnr_db, ssim, nmi, label_accuracy; lpips: which LPIPS nets, or None; nmi_bins: of the histogram
+    over [0, 1] behind NMI, at least 2. Raises ``ConfigError`` for an unknown name or fewer bins.
     """
 
     names: Sequence[str] = ("mse", "psnr_db", "ssim", LABELS)
     lpips: Lpips | None = field(default_factory=Lpips)
+    nmi_bins: int = NMI_BINS
 
     def __post_init__(self) -> None:
+        if not isinstance(self.nmi_bins, int) or self.nmi_bins < 2:
+            raise ConfigError(f"metrics.nmi_bins={self.nmi_bins!r} must be a whole number of at least 2.")
         for name in self.names:
             if name not in (*IMAGE_METRICS, LABELS):
                 raise ConfigError(choices("metrics.names", name, (*IMAGE_METRICS, LABELS)))
@@ -49,7 +52,8 @@ class Metrics:
     @property
     def per_image(self) -> dict[str, ImageMetric]:
         """The chosen image metrics by record name."""
-        chosen = {name: IMAGE_METRICS[name] for name in self.names if name in IMAGE_METRICS}
+        known: dict[str, ImageMetric] = {**IMAGE_METRICS, "nmi": functools.partial(nmi, bins=self.nmi_bins)}
+        chosen = {name: known[name] for name in self.names if name in known}
         nets = self.lpips.nets if self.lpips else ()
         return chosen | {f"lpips_{net}": functools.partial(self.lpips.distance, net) for net in nets if self.lpips}
 
@@ -108,11 +112,26 @@ def evaluate(reconstruction: Reconstruction, truth: Truth, metrics: Metrics | No
     """Score ``reconstruction`` against the private images: clamped to [0, 1], matched once for all metrics.
 
     One value per truth image and image metric, and one label accuracy for the batch; beside the PSNR that of a flat
-    image of the truth's own mean colour, per channel, which an attack has to beat to have rebuilt anything. What cannot
+    image of the truth's own mean colour, per channel, which an attack has to beat to have rebuilt anything. Of an
+    ensemble also the best that it could have chosen, had it known the truth (``oracle_...``). What cannot
     be scored is a value with status "failed" (no reconstruction) or "unavailable" (the metric does not exist here) and
     its reason, never a number. Raises ``ConfigError`` where the images' shapes differ.
     """
     metrics = metrics or Metrics()
+    values, matching = _leak(reconstruction, truth, metrics)
+    if reconstruction.alternatives:
+        values += _upper_bound([_leak(one, truth, metrics)[0] for one in reconstruction.alternatives.values()])
+    private = unit_range(truth.inputs)
+    if "psnr_db" in metrics.names:
+        flat = private.mean((2, 3), keepdim=True).expand_as(private)
+        values += [_value(FLAT, i, number, "") for i, number in enumerate(psnr_db(flat, private).tolist())]
+    if LABELS in metrics.names:
+        values.append(_label_accuracy(reconstruction, truth))
+    return Scores(tuple(values), matching)
+
+
+def _leak(reconstruction: Reconstruction, truth: Truth, metrics: Metrics) -> tuple[list[Value], Tensor]:
+    """All image metrics of one reconstruction, and its matching."""
     images, private = unit_range(reconstruction.inputs), unit_range(truth.inputs)
     if reconstruction.failure is None:
         matching = match(images, private)
@@ -124,12 +143,18 @@ def evaluate(reconstruction: Reconstruction, truth: Truth, metrics: Metrics | No
         for name, measure in metrics.per_image.items()
         for value in _score(name, measure, images, private, matching, absent)
     ]
-    if "psnr_db" in metrics.names:
-        flat = private.mean((2, 3), keepdim=True).expand_as(private)
-        values += [_value(FLAT, i, number, "") for i, number in enumerate(psnr_db(flat, private).tolist())]
-    if LABELS in metrics.names:
-        values.append(_label_accuracy(reconstruction, truth))
-    return Scores(tuple(values), matching)
+    return values, matching
+
+
+def _upper_bound(candidates: Sequence[Sequence[Value]]) -> list[Value]:
+    """Metric by metric and victim by victim, the value of the candidate that leaks most."""
+    bound = []
+    for same in zip(*candidates, strict=True):
+        present = [v for v in same if v.value is not None]
+        most = max if same[0].better_for_defender == "lower" else min
+        best = most(present, key=lambda v: v.value or 0.0) if present else same[0]
+        bound.append(replace(best, metric=f"{ORACLE}{best.metric}"))
+    return bound
 
 
 def _score(

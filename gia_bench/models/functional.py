@@ -31,6 +31,13 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
 
+class Penalised(NamedTuple):
+    """What a module may return instead of scores [B, classes]: these, and what the loss gains per example [B]."""
+
+    logits: Tensor
+    penalty: Tensor
+
+
 class Head(NamedTuple):
     """Names of the last linear layer's parameters, from which labels leak."""
 
@@ -100,6 +107,22 @@ class Victim:
         self, params: Params, buffers: Buffers, inputs: Tensor, *, training: bool | None = None
     ) -> tuple[Tensor, Buffers]:
         """Scores [B, classes] for inputs [B, C, H, W] in [0, 1], and the buffers after this pass. Mutates nothing."""
+        output, after = self._output(params, buffers, inputs, training)
+        return (output.logits if isinstance(output, Penalised) else output), after
+
+    def objective(self, params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
+        """Mean loss over the real examples of one batch [B, ...] (scalar), and the buffers after it. A model's own
+        penalty is part of the loss."""
+        output, after = self._output(params, buffers, batch.inputs, None)
+        if isinstance(output, Penalised):
+            losses = self.loss(output.logits, batch.labels) + output.penalty
+        else:
+            losses = self.loss(output, batch.labels)
+        return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1), after
+
+    def _output(
+        self, params: Params, buffers: Buffers, inputs: Tensor, training: bool | None
+    ) -> tuple[Tensor | Penalised, Buffers]:
         training = self.training if training is None else training
         if self.mean is not None and self.std is not None:
             inputs = (inputs - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
@@ -108,9 +131,3 @@ class Victim:
         # BatchNorm writes its statistics in place: into copies, so that the caller's stay as they are
         after = {k: v.clone() for k, v in buffers.items()} if training else buffers
         return functional_call(self.module, (params, after), (inputs,)), after
-
-    def objective(self, params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
-        """Mean loss over the real examples of one batch [B, ...] (scalar), and the buffers after it."""
-        logits, after = self.logits(params, buffers, batch.inputs)
-        losses = self.loss(logits, batch.labels)
-        return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1), after

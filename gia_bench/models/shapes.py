@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gia_bench.errors import ConfigError
+from gia_bench.models.functional import Penalised
 
 ImageShape: TypeAlias = tuple[int, int, int]
 """(C, H, W)."""
@@ -64,6 +65,8 @@ def _dry_run(network: nn.Module, input_shape: ImageShape) -> tuple[int, ...]:
     # two images: BatchNorm in training mode refuses a single value per channel, which is not a matter of the shape
     images = torch.empty(2, *input_shape, device="meta")
     output = functional_call(network, {k: torch.empty_like(v, device="meta") for k, v in tensors.items()}, (images,))
+    if isinstance(output, Penalised):
+        output = output.logits
     if not isinstance(output, Tensor):
         raise ConfigError(f"model: the network must return one tensor of scores, got {type(output).__name__}.")
     return tuple(output.shape[1:])

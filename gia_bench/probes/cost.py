@@ -28,7 +28,7 @@ class CostProbe(L.Callback):
         for client in report.dropped:
             self.recorder.add(
                 "dropped_clients", None, round=report.round_index, client=client, status="failed",
-                reason="its update was not finite",
+                reason="it vanished, or its update was not finite",
             )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -16,19 +17,23 @@ from gia_bench.data.cohort import Cohort
 from gia_bench.federated.module import FederatedModule, RoundReport
 from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
+from gia_bench.probes.feasibility import feasibility
+from gia_bench.probes.history import History
+from gia_bench.probes.malicious import play_malicious_round
 from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.snapshots import FileSnapshots
 from gia_bench.records.images import save_images
 from gia_bench.seeding import derive
 from gia_bench.threat import ThreatModel
-from gia_bench.values import Examples, Reconstruction, Transcript, Truth
+from gia_bench.values import Examples, Observation, Reconstruction, Transcript, Truth
 
 SNAPSHOTS = "snapshots"
 
 
 @final
 class LeakageProbe(L.Callback):
-    """At an observed round every attack gets all its victims at once; then each is measured against its truth.
+    """At an observed round every attack gets all its victims at once; then each is measured against its truth. For an
+    attack that needs a malicious server, that round is played once more beside the honest one (``probes.malicious``).
 
     folder: the run's; images: whether private images and reconstructions are kept there.
     """
@@ -48,6 +53,14 @@ class LeakageProbe(L.Callback):
         self.recorder, self.attacks, self.threat = recorder, attacks, threat
         self.metrics, self.public = metrics, public
         self.folder, self.images, self.seconds = folder, images, snapshot_every_seconds
+        self._remembers = any(attack.remembers for attack in attacks.values())
+        self._history, self._saved = History(), list[dict[str, Any]]()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self._history.pack() or self._saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["history"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,9 +68,23 @@ class LeakageProbe(L.Callback):
         assert isinstance(pl_module, FederatedModule) and isinstance(batch, Cohort)
         report: RoundReport = outputs["report"]
         if report.transcript is not None and trainer.is_global_zero:
+            observed = pl_module.observed(batch)
             for name, attack in self.attacks.items():
-                self._attack(name, attack, report.transcript, batch, pl_module.rules)
-                self._record_dropped(name, batch, set(pl_module.observed(batch)) & set(report.dropped))
+                transcript: Transcript | None = report.transcript
+                rules, dropped = pl_module.rules, report.dropped
+                if attack.needs:
+                    assert report.before is not None
+                    played = play_malicious_round(
+                        name, attack, rules, report.before, batch, observed, self.threat, self.public
+                    )
+                    transcript, dropped = played.transcript, played.dropped
+                    rules = dataclasses.replace(rules, victim=played.victim, defense=played.defense)
+                if transcript is not None:
+                    self._attack(name, attack, transcript, batch, rules)
+                self._record_dropped(name, batch, set(observed) & set(dropped), nobody=transcript is None)
+            if self._remembers:
+                for client, seen in self._observe(report.transcript, batch, pl_module.rules).items():
+                    self._history.add(client, report.round_index, seen)
             self.recorder.flush()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,28 +93,42 @@ class LeakageProbe(L.Callback):
             shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
 
     def _attack(self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, rules: Rules) -> None:
-        round_index, local = transcript.round_index, rules.local.at(transcript.round_index)
-        targets: list[int | None] = [*transcript.updates] if self.threat.sees_clients else [None]
-        observations = [
-            self.threat.observe(transcript, cohort, client, local=local, defense=rules.defense, public=self.public)
-            for client in targets
-        ]
-        seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in targets]
+        round_index, seen = transcript.round_index, self._observe(transcript, cohort, rules)
+        if attack.remembers:
+            self._history.unpack(self._saved, next(iter(seen.values())), rules.local)
+            earlier = {client: self._history.before(client, round_index) for client in seen}
+            seen = {client: dataclasses.replace(o, earlier=earlier[client]) for client, o in seen.items()}
+        seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in seen]
         snapshots = FileSnapshots(self.folder / SNAPSHOTS, f"round{round_index:06d}_{name}_", self.seconds)
+        for client, observation in seen.items():
+            values = feasibility(observation, rules.victim)
+            self.recorder.extend(values.items(), round=round_index, client=client, attack=name)
         started = time.perf_counter()
-        rebuilt = attack.reconstruct_many(observations, rules.victim, seeds=seeds, snapshots=snapshots)
+        rebuilt = attack.reconstruct_many([*seen.values()], rules.victim, seeds=seeds, snapshots=snapshots)
         self.recorder.add("attack_seconds", time.perf_counter() - started, round=round_index, attack=name)
-        for client, reconstruction in zip(targets, rebuilt, strict=True):
+        for client, reconstruction in zip(seen, rebuilt, strict=True):
             truth = cohort.truth(transcript.clients if client is None else (client,))
             scores = evaluate(reconstruction, truth, self.metrics)
             self._record(name, round_index, client, scores)
             if self.images:
                 self._save(name, round_index, client, reconstruction, truth, scores)
 
-    def _record_dropped(self, attack: str, cohort: Cohort, clients: Collection[int]) -> None:
-        """A client that was to be attacked and sent nothing is counted, not forgotten."""
-        for client in sorted(clients) if self.threat.sees_clients else ():
-            truth = cohort.truth((client,))
+    def _observe(self, transcript: Transcript, cohort: Cohort, rules: Rules) -> dict[int | None, Observation]:
+        """What the threat model shows of each target: a client, or None for the sum."""
+        local = rules.local.at(transcript.round_index)
+        targets: list[int | None] = [*transcript.updates] if self.threat.sees_clients else [None]
+        return {
+            client: self.threat.observe(
+                transcript, cohort, client, local=local, defense=rules.defense, public=self.public
+            )
+            for client in targets
+        }
+
+    def _record_dropped(self, attack: str, cohort: Cohort, clients: Collection[int], nobody: bool) -> None:
+        """A client that was to be attacked and sent nothing is counted, not forgotten. nobody: no sum either."""
+        gone: list[int | None] = [*sorted(clients)] if self.threat.sees_clients else [None] * nobody
+        for client in gone:
+            truth = cohort.truth(cohort.clients if client is None else (client,))
             nothing = Reconstruction(
                 inputs=torch.zeros_like(truth.inputs), labels=None, score=float("inf"),
                 failure="the client was dropped: its update was not finite",

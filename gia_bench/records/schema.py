@@ -22,8 +22,7 @@ class Quantity:
     better_for_defender: Better | None
 
 
-METRICS: Mapping[str, Quantity] = {
-    # the leak, per victim image
+_LEAK: Mapping[str, Quantity] = {
     "mse": Quantity(None, "higher"),
     "psnr_db": Quantity("dB", "lower"),
     "ssim": Quantity(None, "lower"),
@@ -31,10 +30,23 @@ METRICS: Mapping[str, Quantity] = {
     "lpips_squeeze": Quantity(None, "higher"),
     "lpips_vgg": Quantity(None, "higher"),
     "nmi": Quantity(None, "lower"),
+}
+
+ORACLE = "oracle_"
+"""Begins the name of whatever the truth helped to pick."""
+
+METRICS: Mapping[str, Quantity] = {
+    # the leak, per victim image; and the best that an ensemble could have chosen, had it known the truth
+    **_LEAK,
+    **{f"{ORACLE}{name}": quantity for name, quantity in _LEAK.items()},
     # what a flat image of the truth's own mean colour would score: an attack below it has rebuilt nothing
     "oracle_flat_psnr_db": Quantity("dB", None),
     # the leak, per attacked update
     "label_accuracy": Quantity(None, "lower"),
+    # how much an attack has to find, and from how much
+    "unknowns": Quantity(None, None),
+    "equations": Quantity(None, None),
+    "local_steps": Quantity(None, None),
     "attack_score": Quantity(None, None),
     "attack_seconds": Quantity("s", "higher"),
     # utility
@@ -47,10 +59,13 @@ METRICS: Mapping[str, Quantity] = {
     "dense_uplink_bytes": Quantity("B", None),
     "dense_downlink_bytes": Quantity("B", None),
     "round_seconds": Quantity("s", None),
-    # theory, per attacked client: ||g - sent|| / ||g||, and the shares of ||g||^2 in its largest 5 % and its smallest 75 %
+    # theory, per attacked client: ||g - sent|| / ||g||, and the shares of ||g||^2 in the largest 5 % and smallest 75 %
     "relative_gradient_distance": Quantity(None, "higher"),
     "energy_top_k1": Quantity(None, None),
     "energy_bottom_k2": Quantity(None, None),
+    # of an attacked update, the share of entries that is not zero, and what a bound of this form says (a trend)
+    "sent_share": Quantity(None, None),
+    "leakage_trend_nats": Quantity("nat", "lower"),
     # differential privacy spent so far by whoever has spent most: of an example before a server that sees each update,
     # of a client before those who see the models only, and of a client before a server that sees each update
     "example_epsilon_rdp": Quantity(None, "lower"),
@@ -59,7 +74,8 @@ METRICS: Mapping[str, Quantity] = {
     "client_epsilon_prv": Quantity(None, "lower"),
     "client_local_epsilon_rdp": Quantity(None, "lower"),
     "client_local_epsilon_prv": Quantity(None, "lower"),
-    # what a defense holds back
+    # what a defense holds back; of the entries with a change, the share that a client's own mask (PriPrune) does
+    "defense_pruning_rate": Quantity(None, None),
     "residual_norm": Quantity(None, None),
     "never_sent_share": Quantity(None, None),
     "dropped_clients": Quantity(None, None),

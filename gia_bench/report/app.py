@@ -43,7 +43,7 @@ def report(folders: list[Path], spec: TableSpec | None, figures: list[FigureSpec
 
 def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
+    figure.savefig(content, format="png", dpi=150, bbox_inches="tight")  # row names may reach past the edge
     return content.getvalue()
 
 

@@ -47,6 +47,10 @@ class Aligned:
             update |= placed(sent, _mask(names, like, shared), like, names)
         return {name: update[name] for name in like}
 
+    def places(self, like: Params, shared: Shared) -> dict[str, Tensor]:
+        """The announced mask."""
+        return {name: _mask([name], like, shared).view(like[name].shape) for name in like}
+
 
 def _mask(names: list[str], like: Params, shared: Shared) -> Tensor:
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,20 @@ class Codec(Protocol):
     def decode(self, payload: Payload, like: Params, shared: Shared) -> Update:
         """The update as it was; ``like`` gives names, shapes and dtypes."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A codec of values that lie where everybody knows already."""
+
+    def places(self, like: Params, shared: Shared) -> dict[str, Tensor]:
+        """By name, where (bool, of the tensor's shape); tensors without an entry have values everywhere."""
+        ...
+
+
+def places(codec: Codec, like: Params, shared: Shared) -> dict[str, Tensor]:
+    """Where the codec's values lie, as far as everybody knows it before any client has sent."""
+    return codec.places(like, shared) if isinstance(codec, Placed) else {}
 
 
 def concatenated(update: Update, names: list[str]) -> Tensor:

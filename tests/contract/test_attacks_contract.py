@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,36 +11,67 @@ from pathlib import Path
 import pytest
 import torch
 from attack_problems import Problem, problem
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from gia_bench.attacks.adaptive import Likelihood, Withheld
 from gia_bench.attacks.analytic import Analytic
-from gia_bench.attacks.base import Attack
+from gia_bench.attacks.april import April
+from gia_bench.attacks.base import Attack, Broadcast
 from gia_bench.attacks.batch_norm import RunningStatistics
+from gia_bench.attacks.compensating import Compensating
 from gia_bench.attacks.cpl import cpl
+from gia_bench.attacks.curious_abandon_honesty import CuriousAbandonHonesty
 from gia_bench.attacks.distances import Cosine, Euclidean
 from gia_bench.attacks.dlg import dlg
+from gia_bench.attacks.fishing import ClassFishing
 from gia_bench.attacks.forces import Langevin
 from gia_bench.attacks.graddefense import dga, gia
 from gia_bench.attacks.gradinversion import PRIORS, gradinversion
 from gia_bench.attacks.idlg import idlg
+from gia_bench.attacks.imprint import Normal
+from gia_bench.attacks.initial import Patterned
 from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.joint import AllRounds, JointRounds
+from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.matching import GradientMatching
-from gia_bench.attacks.optimizers import Adam, Sign
-from gia_bench.attacks.priors import PaddedTotalVariation
+from gia_bench.attacks.oblivious import Oblivious
+from gia_bench.attacks.one_at_a_time import OneAtATime
+from gia_bench.attacks.optimizers import Adam, Sign, SoftSign
+from gia_bench.attacks.priors import PaddedTotalVariation, TotalVariation
+from gia_bench.attacks.rgap import RGAP
+from gia_bench.attacks.robbing import RobbingTheFed
 from gia_bench.attacks.sgi import sgi
+from gia_bench.attacks.standard import Standard
 from gia_bench.attacks.wrapped import Layers
 from gia_bench.conf_path import CONF
+from gia_bench.data.source import InMemory
+from gia_bench.defenses.none import NoDefense
 from gia_bench.models.mlp import mlp
+from gia_bench.models.vit import vit_april
+from gia_bench.seeding import derive
 from gia_bench.threat import Knowledge, Power
+from gia_bench.values import Batch, Observation
 
 PRESETS: dict[str, Callable[[], Attack]] = {
     "analytic": Analytic,
+    "april": April,
+    "class_fishing": lambda: ClassFishing(
+        attack=inverting_gradients(
+            steps=1_000,
+            optimizer=Adam(lr=0.1, transform=SoftSign()),
+            initial=Patterned(width=4),
+            snapshot_every=250,
+        )
+    ),
     "cpl": cpl,
+    "curious_abandon_honesty": CuriousAbandonHonesty,
     "dga": dga,
     "dga_muted": lambda: dga(distance=Layers(distance=Euclidean())),
     "dlg": dlg,
     "gia": gia,
+    "gia_compensating": lambda: Compensating(attack=gia()),
     "gia_muted": lambda: gia(distance=Layers(distance=Cosine())),
     "gradinversion": gradinversion,
     "gradinversion_dgp_paper": lambda: gradinversion(
@@ -48,25 +80,67 @@ PRESETS: dict[str, Callable[[], Attack]] = {
         priors={**PRIORS, "batch_norm": RunningStatistics(weight=0.01)},
         forces={"langevin": Langevin(scale=0.02)},
     ),
+    "dlg_one_at_a_time": lambda: dlg(steps=1_200, optimizer=OneAtATime(optimizer=LBFGS())),
     "idlg": idlg,
     "inverting_gradients": inverting_gradients,
+    "inverting_gradients_adaptive": lambda: inverting_gradients(
+        distance=Likelihood(otherwise=Cosine()), constraints={"withheld": Withheld(weight=0.1, relative=True)}
+    ),
+    "inverting_gradients_fedavg": lambda: inverting_gradients(
+        steps=8_000, priors={"total_variation": TotalVariation(weight=1e-6)}
+    ),
     "inverting_gradients_dgp_paper": lambda: inverting_gradients(
         steps=12_000, priors={"total_variation": PaddedTotalVariation(weight=0.2)}
     ),
+    "inverting_gradients_joint": lambda: JointRounds(attack=inverting_gradients(steps=4_800, replay=AllRounds())),
     "inverting_gradients_fast": lambda: inverting_gradients(steps=1_000, snapshot_every=250),
+    "rgap": RGAP,
+    "robbing_the_fed": RobbingTheFed,
+    "robbing_the_fed_dgp_paper": lambda: RobbingTheFed(bins=Normal(), keep="smallest", tolerance=0.0),
     "sgi": sgi,
+    "standard": lambda: Standard(
+        members={
+            "dlg": dlg(restarts=2),
+            "inverting_gradients": inverting_gradients(steps=4_800, restarts=2),
+            "inverting_gradients_adaptive": inverting_gradients(
+                steps=4_800,
+                restarts=2,
+                distance=Likelihood(otherwise=Cosine()),
+                constraints={"withheld": Withheld(weight=0.1, relative=True)},
+            ),
+            "inverting_gradients_oblivious": Oblivious(attack=inverting_gradients(steps=4_800, restarts=2)),
+            "inverting_gradients_muted": gia(steps=4_800, labels="auto", distance=Layers(distance=Cosine())),
+            "analytic": Analytic(),
+        }
+    ),
 }
 FILES = sorted((CONF / "attack").glob("*.yaml"))
 
 
+@functools.cache
+def composed(name: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found = compose("config", overrides=[f"attack=[{name}]"]).attack[name]
+    assert isinstance(found, DictConfig)
+    return found
+
+
 def built(file: Path) -> Attack:
-    attack = instantiate(OmegaConf.load(file), _convert_="all")
+    node = OmegaConf.load(file)
+    attack = instantiate(composed(file.stem) if "defaults" in node else node, _convert_="all")
     assert isinstance(attack, Attack)
     return attack
 
 
 def short(file: Path) -> Attack:
     attack = built(file)
+    if isinstance(attack, Compensating | JointRounds) and isinstance(attack.attack, GradientMatching):
+        return dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, steps=2))
+    if isinstance(attack, ClassFishing):
+        return dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, steps=2))
+    if isinstance(attack, Standard):
+        members = {n: m for n, m in attack.members.items() if isinstance(m, GradientMatching)}
+        return Standard(members={n: dataclasses.replace(m, steps=2) for n, m in members.items()})
     return dataclasses.replace(attack, steps=2) if isinstance(attack, GradientMatching) else attack
 
 
@@ -74,11 +148,39 @@ def observed(attack: Attack) -> Problem:
     """Two victims that fit the attack, and everything it may ask to see."""
     # tanh: of six ReLU units all may be dead
     net = mlp((1, 8, 8), 4, hidden=(6,), activation="tanh") if isinstance(attack, Analytic) else None
+    if isinstance(attack, April):
+        net = vit_april((1, 8, 8), 4, dim=16)
     p = problem(2, module=net, dtype=torch.float64)
+    if attack.needs:
+        return tampered(attack, p)
+    if Knowledge.DEFENSE in attack.requires:
+        p = dataclasses.replace(p, observations=[dataclasses.replace(o, defense=NoDefense()) for o in p.observations])
     if Knowledge.LABELS not in attack.requires:
         return p
     shown = [dataclasses.replace(o, labels=y) for o, y in zip(p.observations, p.labels, strict=True)]
     return dataclasses.replace(p, observations=shown)
+
+
+def tampered(attack: Attack, honest: Problem) -> Problem:
+    """The same images with the label 0, sent for what a malicious server broadcasts."""
+    seed = next(s for s in range(99) if derive(s, "target_class") % honest.victim.num_classes == 0)
+    sent = attack.tamper(
+        Broadcast(honest.victim, *honest.victim.initial()), seed=seed, public=InMemory(*_pictures(honest))
+    )
+    assert (sent.victim is honest.victim) == (Power.CHANGE_MODEL not in attack.needs)
+    labels = torch.zeros_like(honest.labels)
+
+    def send(x: torch.Tensor, y: torch.Tensor) -> Observation:
+        own = Batch(x, y, torch.ones(len(y), dtype=x.dtype))
+        update = torch.func.grad(lambda p: sent.victim.objective(p, sent.buffers, own)[0])(sent.params)
+        return Observation(params=sent.params, buffers=sent.buffers, update=update, num_examples=len(y))
+
+    observations = [send(x, y) for x, y in zip(honest.images, labels, strict=True)]
+    return Problem(sent.victim, observations, honest.images, labels)
+
+
+def _pictures(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    return p.images.flatten(0, 1), p.labels.flatten()
 
 
 def test_every_attack_has_its_settings_written_twice() -> None:
@@ -99,8 +201,8 @@ def test_the_file_of_a_paper_and_its_function_have_the_same_defaults(name: str) 
 def test_an_attack_returns_one_finite_reconstruction_per_observation_in_order(file: Path) -> None:
     attack = short(file)
     p = observed(attack)
-    assert not attack.requires & ~(Knowledge.NUM_EXAMPLES | Knowledge.LABELS | Knowledge.BUFFERS)
-    assert attack.needs == Power.NONE
+    shown = Knowledge.NUM_EXAMPLES | Knowledge.LABELS | Knowledge.BUFFERS | Knowledge.SHARED | Knowledge.DEFENSE
+    assert not attack.requires & ~(shown | Knowledge.PUBLIC if attack.needs else shown)
     before = pickle.dumps([o.update for o in p.observations])
     found = attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
     assert len(found) == 2

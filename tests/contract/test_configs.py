@@ -26,8 +26,8 @@ PLUGINS = {
     ("launcher", "ray"): ("ray", "hydra_plugins.hydra_ray_launcher"),
 }
 EXPECTED = {
-    "dataset", "partition", "model", "fl", "threat", "attack", "defense", "trainer", "logger", "launcher", "experiment",
-    "metrics", "table", "figure", "paths",
+    "dataset", "partition", "model", "fl", "threat", "attack", "defense", "pruning", "trainer", "logger", "launcher",
+    "experiment", "aggregation", "metrics", "table", "figure", "paths",
 }  # fmt: skip
 NOT_ARGUMENTS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 

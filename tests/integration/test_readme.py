@@ -40,7 +40,9 @@ def test_the_pandas_example_reads_a_run(tmp_path: Path) -> None:
     assert "inverting_gradients_fast" in done.stdout
 
 
-@pytest.mark.parametrize("group", ["attack", "defense", "model", "dataset", "fl", "threat", "partition"])
+@pytest.mark.parametrize(
+    "group", ["attack", "defense", "model", "dataset", "fl", "threat", "partition", "pruning", "aggregation"]
+)
 def test_every_choice_has_its_place_in_the_readme(group: str) -> None:
     choices = [path.stem for path in (CONF / group).glob("*.yaml")]
     assert choices

@@ -33,13 +33,25 @@ def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
+class Public:
+    """Examples that no client holds."""
+
+    labels = torch.arange(120) % 3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Tensor) -> Tensor:
+        return torch.rand(120, 3, 5, 5, generator=stream(0, "public"))[indices]
+
+
 class Scene:
     """Three clients of a small model, with random images and updates."""
 
     def __init__(self, defense: Defense) -> None:
-        self.defense = defense
         network = nn.Sequential(nn.Flatten(), nn.Linear(75, 16), nn.Sigmoid(), nn.Linear(16, 3))
         self.victim = Victim(module=defense.prepare_model(network), input_shape=(3, 5, 5), num_classes=3)
+        self.defense = defense.calibrate(self.victim, Public())
         self.params, self.buffers = self.victim.initial()
         g = stream(0, "images")
         shape = (CLIENTS, STEPS, EXAMPLES)

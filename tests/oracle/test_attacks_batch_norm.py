@@ -7,16 +7,28 @@ import dataclasses
 import pytest
 import torch
 from attack_problems import Problem, problem
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from gia_bench.attacks.batch_norm import ExactStatistics, RunningStatistics
+from gia_bench.attacks.batch_norm import InferredStatistics, RunningStatistics, inferred, norm_layers
 from gia_bench.attacks.distances import Cosine
 from gia_bench.attacks.group import Group
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.priors import Prior
 from gia_bench.attacks.scene import Candidate, PixelSpace, Scene
+from gia_bench.conf_path import CONF
+from gia_bench.data.cohort import Cohort
+from gia_bench.data.source import InMemory
+from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import IncompatibleError
-from gia_bench.threat import Knowledge
+from gia_bench.federated.execution import Loop, Vmap
+from gia_bench.federated.local import FedSGD
+from gia_bench.federated.round import play_round
+from gia_bench.federated.rules import Rules, Server
+from gia_bench.models.functional import Victim
+from gia_bench.models.resnet import cifar_resnet
+from gia_bench.threat import Knowledge, ThreatModel
 
 
 def network() -> nn.Sequential:
@@ -70,7 +82,7 @@ def test_the_running_statistics_are_matched_layer_by_layer_the_first_with_its_fa
 
 
 def test_the_statistics_a_client_sends_are_met_by_its_own_images_alone() -> None:
-    p, exact = made(), ExactStatistics(weight=1.0)
+    p, exact = made(), InferredStatistics(weight=1.0)
     assert penalty(exact, p, p.images[0]).item() < 1e-9
     assert penalty(exact, p, p.images[1]).item() > 0.1
     assert penalty(RunningStatistics(weight=1.0), p, p.images[0]).item() > 0.1
@@ -78,7 +90,7 @@ def test_the_statistics_a_client_sends_are_met_by_its_own_images_alone() -> None
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("prior", [RunningStatistics(weight=0.1), ExactStatistics(weight=0.1)])
+@pytest.mark.parametrize("prior", [RunningStatistics(weight=0.1), InferredStatistics(weight=0.1)])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_of_all_candidates_equals_finite_differences(prior: Prior, training: bool) -> None:
     p = made()
@@ -110,13 +122,13 @@ def test_the_network_is_left_without_hooks_and_with_its_own_statistics() -> None
 
 def test_a_model_without_batch_norm_gives_nothing() -> None:
     p = problem(1)
-    for prior in (RunningStatistics(weight=1.0), ExactStatistics(weight=1.0)):
+    for prior in (RunningStatistics(weight=1.0), InferredStatistics(weight=1.0)):
         assert penalty(prior, p, p.images[0]) == 0
         assert prior.refusal(p.observations[0], p.victim) is None
 
 
-def test_exact_statistics_are_asked_for_and_refused_where_they_are_not_exact() -> None:
-    attack = inverting_gradients(steps=1, priors={"batch_norm": ExactStatistics(weight=1.0)})
+def test_inferred_statistics_are_asked_for_and_refused_where_they_are_not_exact() -> None:
+    attack = inverting_gradients(steps=1, priors={"batch_norm": InferredStatistics(weight=1.0)})
     assert attack.requires == Knowledge.NUM_EXAMPLES | Knowledge.BUFFERS | Knowledge.SENT_BUFFERS
     assert inverting_gradients(priors={"x": RunningStatistics(weight=1.0)}).requires & Knowledge.BUFFERS
     p = made(1)
@@ -133,3 +145,43 @@ def test_exact_statistics_are_asked_for_and_refused_where_they_are_not_exact() -
     for observation, victim, sentence in cases:
         with pytest.raises(IncompatibleError, match=sentence):
             attack.reconstruct(observation, victim)
+
+
+@pytest.mark.parametrize("executor", [Loop(), Vmap(chunk_size=2)])
+def test_what_a_client_of_a_resnet_sends_back_gives_its_batch_statistics_to_five_digits(executor: Loop | Vmap) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = cifar_resnet((3, 16, 16), 10, depth=8, width=8)
+        source = InMemory(torch.rand(12, 3, 16, 16), torch.arange(12) % 10)
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.uniform_(layer.running_mean, -1, 1)  # type: ignore[arg-type]
+                nn.init.uniform_(layer.running_var, 0.5, 2)  # type: ignore[arg-type]
+    victim, local = Victim(module=module, input_shape=(3, 16, 16), num_classes=10), FedSGD(batch_size=6)
+    params, buffers = victim.initial()
+    rules = Rules(victim=victim, defense=NoDefense(), local=local, executor=executor, seed=0)
+    cohort = Cohort(
+        round_index=0, clients=(0, 1), steps=((torch.arange(6),), (torch.arange(6, 12),)), weights=(6, 6), source=source
+    )
+    transcript = play_round(rules, Server(params, buffers, {}), {}, cohort, observed=(0, 1)).transcript
+    assert transcript is not None
+    threat = instantiate(OmegaConf.load(CONF / "threat" / "curious_server_buffers.yaml"))
+    blind = instantiate(OmegaConf.load(CONF / "threat" / "curious_server.yaml"))
+    assert isinstance(threat, ThreatModel)
+    heard: dict[str, Tensor] = {}
+    for name, layer in norm_layers(victim).items():
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: heard.update({name: inputs[0]}))
+    module.train()
+    for client in (0, 1):
+        seen = threat.observe(transcript, cohort, client, local=local)
+        prior = InferredStatistics(weight=1.0)
+        assert prior.refusal(seen, victim) is None
+        refusal = prior.refusal(blind.observe(transcript, cohort, client, local=local), victim)
+        assert refusal is not None and "threat=curious_server_buffers" in refusal
+        module(cohort.truth((client,)).inputs)
+        assert len(heard) == 7
+        for name, layer in norm_layers(victim).items():
+            x = heard[name].double().transpose(0, 1).flatten(1)
+            found = inferred(seen, name, layer, x.shape[1])
+            wanted = x.mean(1).float(), x.var(1, correction=0).float()
+            torch.testing.assert_close(tuple(found), wanted, rtol=1e-5, atol=1e-5)

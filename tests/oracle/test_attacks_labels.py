@@ -10,9 +10,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from gia_bench.attacks.label_inference import bias_gradient, gradinversion, idlg, ilrg, llg
-from gia_bench.attacks.labels import METHODS, accuracy
+from gia_bench.attacks.label_inference import bias_corrected, bias_gradient, gradinversion, idlg, ilrg, llg
+from gia_bench.attacks.labels import METHODS, accuracy, auto
 from gia_bench.errors import IncompatibleError
+from gia_bench.federated.local import FedAvg
 from gia_bench.models.functional import Victim
 from gia_bench.models.mlp import mlp
 from gia_bench.seeding import seeded, stream
@@ -78,6 +79,22 @@ def test_ilrg_counts_more_examples_than_classes_and_the_others_count_them_worse(
     assert found["ilrg"] > max(found["bias_corrected"], found["llg"]) + 0.1
 
 
+def test_auto_counts_where_it_can_and_takes_the_certain_label_of_one_example() -> None:
+    victim = network()
+    assert victim.head is not None
+    o, truth = observe(victim, 32, 0)
+    found = {m: METHODS[m](o, victim) for m in ("auto", "ilrg", "bias_corrected")}
+    assert torch.equal(*(found[m] for m in ("auto", "ilrg")))  # type: ignore[arg-type]
+    assert not torch.equal(*(found[m] for m in ("auto", "bias_corrected")))  # type: ignore[arg-type]
+    assert torch.equal(auto(dataclasses.replace(o, labels=truth), victim), truth)
+    for hidden in victim.head:
+        part = dataclasses.replace(o, update={k: v for k, v in o.update.items() if k != hidden})
+        assert torch.equal(auto(part, victim), bias_corrected(part, victim))
+    one, truth = observe(victim, 1, 0)
+    pruned = {**one.update, victim.head.bias or "": one.update[victim.head.bias or ""].clamp(max=0)}
+    assert torch.equal(auto(dataclasses.replace(one, update=pruned), victim), truth)
+
+
 def test_gradinversion_finds_distinct_labels_and_refuses_a_batch_that_must_repeat_one() -> None:
     assert measured("gradinversion", network(), 8, distinct=True) > 0.95
     with pytest.raises(IncompatibleError, match="11 examples of 10 classes; take labels=bias_corrected"):
@@ -94,14 +111,10 @@ def test_ilrg_is_exact_for_any_counts_where_the_model_predicts_every_class_alike
 
 
 def test_ilrg_reads_a_fedavg_step_as_it_reads_a_gradient() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class OneStep:
-        learning_rate: float
-
     victim = network()
     o, _ = observe(victim, 16, 0)
     sent = {k: 0.01 * v for k, v in o.update.items()}
-    step = dataclasses.replace(o, update=sent, local=OneStep(0.01))  # type: ignore[arg-type]
+    step = dataclasses.replace(o, update=sent, local=FedAvg(learning_rate=0.01, batch_size=None))
     assert torch.equal(ilrg(step, victim), ilrg(o, victim))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gia_bench.attacks.lbfgs import LBFGS
+from gia_bench.attacks.lbfgs import LBFGS, LINE_SEARCHES
 from gia_bench.attacks.optimizers import Moment, Variables
 
 Loss = Callable[[Tensor, int], Tensor]
@@ -43,9 +43,11 @@ def one_by_one(loss: Loss, start: Tensor, steps: int, optimizer: LBFGS) -> tuple
             [x],
             lr=optimizer.lr,
             max_iter=optimizer.max_iter,
+            max_eval=optimizer.max_eval,
             history_size=optimizer.history,
             tolerance_grad=optimizer.tolerance_grad,
             tolerance_change=optimizer.tolerance_change,
+            line_search_fn=None if optimizer.line_search == "none" else optimizer.line_search,
         )
 
         def closure(x: Tensor = x, v: int = v) -> Tensor:
@@ -75,11 +77,12 @@ def starts(victims: int, n: int) -> Tensor:
     return torch.randn(victims, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
 @pytest.mark.parametrize("history", [100, 5, 1])
 @pytest.mark.parametrize("lr", [1.0, 0.3])
-def test_quadratics_follow_torch(history: int, lr: float) -> None:
+def test_quadratics_follow_torch(history: int, lr: float, line_search: str) -> None:
     """Two outer steps: with a short history rounding grows a thousandfold per step, in torch's own runs too."""
-    optimizer, start = LBFGS(history=history, lr=lr), starts(4, 12)
+    optimizer, start = LBFGS(history=history, lr=lr, line_search=line_search), starts(4, 12)
     loss = quadratic(12, 4)
     found, losses, _ = batched(loss, start, 2, optimizer)
     expected, expected_losses = one_by_one(loss, start, 2, optimizer)
@@ -87,16 +90,21 @@ def test_quadratics_follow_torch(history: int, lr: float) -> None:
     torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_iter", [20, 7, 1])
-def test_curved_valleys_follow_torch_with_rejected_pairs_and_a_full_ring(max_iter: int) -> None:
-    optimizer, start = LBFGS(history=4, max_iter=max_iter, lr=0.5), starts(3, 6)
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
+@pytest.mark.parametrize(("max_iter", "max_eval"), [(20, 25), (7, 8), (7, 4), (3, 3), (2, 2), (1, 1)])
+def test_curved_valleys_follow_torch_with_rejected_pairs_and_a_full_ring(
+    max_iter: int, max_eval: int, line_search: str
+) -> None:
+    optimizer = LBFGS(history=4, max_iter=max_iter, max_eval=max_eval, lr=0.5, line_search=line_search)
+    start = starts(3, 6)
     found, losses, _ = batched(rosenbrock, start, 5, optimizer)
     expected, expected_losses = one_by_one(rosenbrock, start, 5, optimizer)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-10)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_victims_that_stop_at_different_times_do_not_touch_each_other() -> None:
+@pytest.mark.parametrize(("line_search", "rest"), [("none", 3), ("strong_wolfe", 3)])
+def test_victims_that_stop_at_different_times_do_not_touch_each_other(line_search: str, rest: int) -> None:
     """One starts at its optimum, one is flat and never moves, one gains less than the tolerance, one goes on."""
 
     def loss(x: Tensor, v: int) -> Tensor:
@@ -104,28 +112,30 @@ def test_victims_that_stop_at_different_times_do_not_touch_each_other() -> None:
 
     start = starts(4, 5)
     start[0] = 0
-    optimizer = LBFGS(lr=0.2)
+    optimizer = LBFGS(lr=0.2, line_search=line_search)
     found, losses, settled = batched(loss, start, 6, optimizer)
     expected, expected_losses = one_by_one(loss, start, 6, optimizer)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-7, atol=1e-12)
     assert torch.equal(found[1], start[1])
     assert not torch.equal(found[3], start[3])
-    assert settled == 3
+    assert settled == rest
 
 
-def test_a_victim_with_nan_leaves_the_others_as_they_are_alone() -> None:
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
+def test_a_victim_with_nan_leaves_the_others_as_they_are_alone(line_search: str) -> None:
     def loss(x: Tensor, v: int) -> Tensor:
         return x.square().sum() * (float("nan") if v == 1 else 1.0 + v) + (x**4).sum()
 
-    optimizer, start = LBFGS(lr=0.5), starts(3, 4)
+    optimizer, start = LBFGS(lr=0.5, line_search=line_search), starts(3, 4)
     found, _, _ = batched(loss, start, 3, optimizer)
     expected, _ = one_by_one(loss, start, 3, optimizer)
     assert found[1].isnan().all()
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-7, atol=1e-10)
 
 
-def test_deep_leakage_follows_torch_victim_by_victim() -> None:
+@pytest.mark.parametrize("line_search", LINE_SEARCHES)
+def test_deep_leakage_follows_torch_victim_by_victim(line_search: str) -> None:
     """A small sigmoid network, images and soft labels searched together, three victims, three outer steps."""
     draw = torch.Generator().manual_seed(0)
     w1, b1, w2, b2 = (
@@ -146,7 +156,7 @@ def test_deep_leakage_follows_torch_victim_by_victim() -> None:
         pairs = zip(gradient(x[:16], x[16:]), targets[v], strict=True)
         return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
 
-    optimizer, start = LBFGS(), starts(3, 19)
+    optimizer, start = LBFGS(line_search=line_search), starts(3, 19)
     found, losses, _ = batched(loss, start, 3, optimizer)
     expected, expected_losses = one_by_one(loss, start, 3, optimizer)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-10)

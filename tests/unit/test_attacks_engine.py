@@ -17,6 +17,7 @@ from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam, Moment
 from gia_bench.attacks.schedules import Constant
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.values import Observation, Reconstruction, Update
 
 
@@ -187,16 +188,11 @@ def test_boxed_pixels_stay_images_and_the_search_runs_in_normalised_units() -> N
 
 def test_a_local_learning_rate_does_not_change_what_euclidean_matching_finds() -> None:
     """One local step sends lr * gradient: the attacker who knows lr is as well off as with the gradient."""
-
-    @dataclasses.dataclass(frozen=True)
-    class OneStep:
-        learning_rate: float | None
-
     p = problem(1, dtype=torch.float64)
     o = p.observations[0]
     sent = {k: 0.01 * v for k, v in o.update.items()}
-    fedavg = dataclasses.replace(o, update=sent, local=OneStep(0.01))  # type: ignore[arg-type]
-    fedsgd = dataclasses.replace(o, local=OneStep(None))  # type: ignore[arg-type]
+    fedavg = dataclasses.replace(o, update=sent, local=FedAvg(learning_rate=0.01, batch_size=None))
+    fedsgd = dataclasses.replace(o, local=FedSGD(batch_size=None))
     attack = inverting_gradients(steps=20, distance=Euclidean(), labels="idlg")
     results = [[attack.reconstruct(seen, p.victim)] for seen in (o, fedsgd, fedavg)]
     assert_same(results[0], results[1])

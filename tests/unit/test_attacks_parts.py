@@ -10,7 +10,7 @@ from attack_problems import problem, psnr_db
 from torch import nn
 
 from gia_bench.attacks.analytic import Analytic
-from gia_bench.attacks.batch_norm import ExactStatistics, RunningStatistics
+from gia_bench.attacks.batch_norm import InferredStatistics, RunningStatistics
 from gia_bench.attacks.distances import Cosine, LayerCosine
 from gia_bench.attacks.dlg import dlg
 from gia_bench.attacks.forces import GroupConsistency, Langevin
@@ -167,7 +167,7 @@ def test_initial_guesses_come_from_their_stream_and_have_their_range() -> None:
         (lambda: GroupConsistency(weight=-1), "group_consistency.weight=-1"),
         (lambda: GroupConsistency(weight=1, start=-1), "group_consistency.start=-1"),
         (lambda: RunningStatistics(weight=-1), "batch_norm.weight=-1"),
-        (lambda: ExactStatistics(weight=1, first=-1), "batch_norm.first=-1"),
+        (lambda: InferredStatistics(weight=1, first=-1), "batch_norm.first=-1"),
         (lambda: Masked(distance=Cosine(), threshold=-1), "masked.threshold=-1"),
         (lambda: Scaled(distance=Cosine(), factor=0), "scaled.factor=0"),
         (lambda: Layers(distance=Cosine(), layers="last"), "Choose one of: all, all_but_last, all_conv, fc"),

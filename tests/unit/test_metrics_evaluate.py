@@ -28,6 +28,16 @@ def test_a_cycle_of_three_is_matched_forwards_and_not_backwards() -> None:
     assert match(reconstruction, truth).tolist() == [2, 0, 1]
 
 
+def test_a_black_filler_never_takes_a_dark_image_from_its_own_reconstruction() -> None:
+    dark, bright = 0.05 * torch.eye(3)[None, None], torch.eye(3)[None, None]
+    truth = torch.cat([dark, bright])
+    black = torch.zeros_like(dark)
+    assert match(torch.cat([black, dark]), truth).tolist() == [1, 0]
+    # by squared error alone the exact one would have gone to the bright image
+    assert (black - dark).square().sum() + (dark - bright).square().sum() < (black - bright).square().sum()
+    assert match(torch.cat([black, black + 1]), truth).tolist() == [0, 1]  # among flat ones, the nearest
+
+
 def test_images_of_another_shape_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"\(3, 16, 16\).*\(1, 16, 16\)"):
         evaluate(_guess(torch.rand(3, 3, 16, 16)), _truth(), PLAIN)

@@ -186,7 +186,10 @@ CONFIGS = [path for group in ("table", "figure", "metrics") for path in sorted((
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_spells_all_fields_of_what_it_makes(path: Path) -> None:
-    config = OmegaConf.create({"paths": {"data": "/data"}, "part": OmegaConf.load(path)})
+    own = OmegaConf.load(path)
+    for parent in own.pop("defaults", []):
+        own = OmegaConf.merge(OmegaConf.load(path.with_name(f"{parent}.yaml")), own)
+    config = OmegaConf.create({"paths": {"data": "/data"}, "part": own})
     made = instantiate(config.part, _convert_="all")
     assert {field.name for field in dataclasses.fields(made)} == set(config.part) - {"_target_"}
 

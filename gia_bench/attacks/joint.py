@@ -1,0 +1,106 @@
+"""Several rounds of one client as one: what error feedback holds back in a round, it sends in a later one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from torch import Tensor
+
+from gia_bench.attacks.base import FORGET, Attack, Snapshots
+from gia_bench.attacks.replay import LocalSteps, Replay
+from gia_bench.attacks.scene import Candidate, Scene
+from gia_bench.models.functional import Victim
+from gia_bench.threat import Knowledge
+from gia_bench.values import Batch, Observation, Reconstruction, Update
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AllRounds(Replay):
+    """The sum over rounds of what the guessed images would have sent, each at the model of its round. ``one``: a single
+    round's replay. It costs as many gradients as there are rounds."""
+
+    one: Replay = field(default_factory=LocalSteps)
+
+    def copies(self, observation: Observation) -> int:
+        return self.one.copies(observation)
+
+    def arrange(self, labels: Tensor, observation: Observation, seed: int, restarts: int) -> Tensor:
+        return self.one.arrange(labels, observation, seed, restarts)
+
+    def update(self, batch: Batch, scene: Scene) -> Update:
+        total = self.one.update(batch, scene)
+        for past in scene.observation.earlier:
+            # statistics that are written may not belong to one candidate alone: those of now, which training ignores
+            own = scene.observation.buffers if scene.victim.training else past.buffers
+            sent = self.one.update(batch, Scene(scene.victim, dataclasses.replace(past, buffers=own)))
+            total = {k: u + sent[k] for k, u in total.items()}
+        return total
+
+    def penalty(self, candidate: Candidate, scene: Scene) -> Tensor:
+        return self.one.penalty(candidate, scene)
+
+    def merge(self, pixels: Tensor, labels: Tensor, observation: Observation) -> tuple[Tensor, Tensor]:
+        return self.one.merge(pixels, labels, observation)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class JointRounds(Attack):
+    """``attack`` on the sum of the updates that one client sent in the rounds that were attacked so far.
+
+    With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a
+    defense which withholds much of every round withholds little of many. For clients that train on the same examples in
+    every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was
+    used are left out. ``attack`` should replay ``AllRounds``. It does not use the defense: what stands for one round's
+    pruning does not stand for the sum of many. (gia_bench's own.)
+    """
+
+    attack: Attack
+
+    @property
+    def requires(self) -> Knowledge:
+        """The inner attack's."""
+        return self.attack.requires
+
+    @property
+    def remembers(self) -> bool:
+        """It needs the rounds before."""
+        return True
+
+    @property
+    def max_examples(self) -> int | None:
+        """The inner attack's."""
+        return self.attack.max_examples
+
+    @property
+    def max_local_steps(self) -> int | None:
+        """The inner attack's."""
+        return self.attack.max_local_steps
+
+    def check_victim(self, victim: Victim) -> None:
+        """The inner attack's."""
+        self.attack.check_victim(victim)
+
+    def reconstruct_many(
+        self,
+        observations: Sequence[Observation],
+        victim: Victim,
+        *,
+        seeds: Sequence[int],
+        snapshots: Snapshots = FORGET,
+    ) -> list[Reconstruction]:
+        joint = [summed(o, victim) for o in observations]
+        return self.attack.reconstruct_many(joint, victim, seeds=seeds, snapshots=snapshots)
+
+
+def summed(observation: Observation, victim: Victim) -> Observation:
+    """One observation whose update is the sum over its own round and the earlier ones of as many examples."""
+    published = victim.initial()[1]
+    alike = [e for e in observation.earlier if e.num_examples == observation.num_examples]
+    update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
+    models = [dataclasses.replace(e, update={}, buffers={**published, **e.buffers}, defense=None) for e in alike]
+    return dataclasses.replace(observation, update=update, earlier=tuple(models), defense=None)

@@ -1,0 +1,204 @@
+"""Lengths of the Jacobian's rows of plain convolutional nets, without one backward pass per feature.
+
+A chain of convolutions with elementwise activations has the Jacobian D_L W_L ... D_1 W_1, and only the diagonals D
+depend on the example. It is cut behind the second convolution: J = U V. Both factors are local, so they are computed
+as windows; the length of row f is (u_f V V' u_f)^(1/2), and V V' is banded. For LeNet that is half the multiplications
+of backpropagation, in matrix products instead of strided transposed convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import vjp
+from torch.nn.functional import conv2d, conv_transpose2d, pad
+
+from gia_bench.models.functional import Head, Victim
+from gia_bench.values import Params
+
+Stage: TypeAlias = tuple[str, nn.Conv2d, nn.Module | None]
+"""The convolution's name, itself, and the activation after it."""
+
+ELEMENTWISE = (nn.Sigmoid, nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.GELU, nn.SiLU, nn.Identity)
+MOST_CUT = 4096
+"""Units at the cut beyond which V V' would not fit the caches, nor soon the memory."""
+
+
+@final
+@dataclass(frozen=True)
+class _Window:
+    """What a unit sees of a map below: ``size`` rows from ``stride * its row - padding`` on; columns alike."""
+
+    size: int
+    stride: int
+    padding: int
+
+    def through(self, conv: nn.Conv2d) -> _Window:
+        """The same unit's window one convolution further down."""
+        k, s, p = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        return _Window((self.size - 1) * s + k, self.stride * s, self.padding * s + p)
+
+    def start(self, row: int) -> int:
+        """The first row of the map below that a unit in ``row`` sees; negative in the padding."""
+        return row * self.stride - self.padding
+
+    def place(self, row: int, height: int) -> slice:
+        """What a unit in ``row`` sees of a map of ``height`` rows."""
+        ends = (self.start(row), self.start(row) + self.size)
+        return slice(*(min(max(end, 0), height) for end in ends))
+
+    def within(self, row: int, height: int) -> slice:
+        """The same rows, counted within the window."""
+        start, place = self.start(row), self.place(row, height)
+        return slice(place.start - start, place.stop - start)
+
+    def patches(self, maps: Tensor, height: int, width: int) -> Tensor:
+        """[height, width, C, size, size] of a map [C, H, W] with zeros around it."""
+        wide = pad(maps, [self.padding] * 4)
+        cut = wide.unfold(1, self.size, self.stride).unfold(2, self.size, self.stride)
+        return cut[:, :height, :width].permute(1, 2, 0, 3, 4)
+
+
+_OWN = _Window(1, 1, 0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ConvChain:
+    """Convolutions [stage] and the units [h, w] behind each."""
+
+    stages: Sequence[Stage]
+    sizes: Sequence[tuple[int, int]]
+    input_size: tuple[int, int]
+
+    def features(self, params: Params, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The features [B, C * h * w] of normalised images, and the activations' derivatives [B, C, h, w] by stage."""
+        maps, slopes = inputs, []
+        for name, conv, activation in self.stages:
+            maps = conv2d(maps, params[f"{name}.weight"], params.get(f"{name}.bias"), conv.stride, conv.padding)
+            ones = torch.ones_like(maps)
+            if activation is not None:
+                maps, backward = vjp(activation, maps)  # type: ignore[misc]  # a third value comes with has_aux alone
+                (ones,) = backward(ones)
+            slopes.append(ones)
+        return maps.flatten(1), slopes
+
+    def lengths(self, params: Params, slopes: Sequence[Tensor]) -> Tensor:
+        """||d feature / d normalised image|| [C * h * w] of one image, from its ``slopes`` [C, h, w]."""
+        (h, w), (height, _) = self.sizes[-1], self.sizes[1]
+        upper, gram = self._upper(params, slopes), self._gram(params, slopes)
+        sees = [self._window(1).place(row, height) for row in range(h)]
+        squares = torch.zeros_like(upper[..., 0, 0])  # [h, w * C]
+        for y in range(height):
+            rows = [row for row in range(h) if sees[row].start <= y < sees[row].stop]
+            if rows and gram[y]:
+                u = upper[rows[0] : rows[-1] + 1, :, y : y + len(gram[y])].flatten(0, 1)
+                products = u[:, 0] @ torch.cat(gram[y], 1)
+                part = (products * u.flatten(1)).sum(1).view(len(rows), -1)
+                squares = squares + pad(part, (0, 0, rows[0], h - rows[-1] - 1))
+        # rounding may leave less than nothing
+        lengths = squares.clamp(min=0).sqrt().view(h, w, -1).permute(2, 0, 1)
+        return (lengths * slopes[-1].abs()).flatten()
+
+    def _window(self, stage: int) -> _Window:
+        """What a feature sees of the map behind ``stage``."""
+        window = _OWN
+        for _, conv, _ in reversed(self.stages[stage + 1 :]):
+            window = window.through(conv)
+        return window
+
+    def _upper(self, params: Params, slopes: Sequence[Tensor]) -> Tensor:
+        """U, the features by the second convolution's activations: [h, w * C, H, C' * W] of the two maps."""
+        (h, w), (height, width) = self.sizes[-1], self.sizes[1]
+        rows = params[f"{self.stages[-1][0]}.weight"].expand(h, w, -1, -1, -1, -1)
+        for stage in range(len(self.stages) - 2, 1, -1):
+            name, conv, _ = self.stages[stage]
+            rows = rows * self._window(stage).patches(slopes[stage], h, w)[:, :, None]
+            rows = _spread(rows, params[f"{name}.weight"], conv.stride[0])
+        window, rows = self._window(1), rows.transpose(3, 4)
+        placed = slopes[0].new_zeros(h, w, rows.shape[2], height, rows.shape[4], width)
+        for y, x in product(range(h), range(w)):
+            down, across = window.place(y, height), window.place(x, width)
+            placed[y, x, :, down, :, across] = rows[y, x, :, window.within(y, height), :, window.within(x, width)]
+        return placed.flatten(1, 2).flatten(3)
+
+    def _gram(self, params: Params, slopes: Sequence[Tensor]) -> list[list[Tensor]]:
+        """V V' as blocks between rows of the cut: [y][d] belongs to rows y and y + d, and is doubled for d > 0."""
+        (height, width), (tall, wide) = self.sizes[1], self.input_size
+        (first, lower, _), (second, upper, _) = self.stages[:2]
+        window = _OWN.through(upper)
+        rows = params[f"{second}.weight"] * window.patches(slopes[0], height, width)[:, :, None]
+        rows = rows * slopes[1].permute(1, 2, 0)[..., None, None, None]
+        rows = _spread(rows, params[f"{first}.weight"], lower.stride[0]).permute(0, 2, 1, 4, 3, 5)
+        window = window.through(lower)
+        placed = rows.new_zeros(*rows.shape[:-1], wide)  # [H, C, W, window's rows, pixels' channels, wide]
+        for x in range(width):
+            placed[:, :, x, ..., window.place(x, wide)] = rows[:, :, x, ..., window.within(x, wide)]
+        placed = placed.flatten(1, 2).flatten(3)
+        blocks: list[list[Tensor]] = []
+        for y in range(height):
+            blocks.append([])
+            for other in range(y, height):
+                start, stop = window.place(other, tall).start, window.place(y, tall).stop
+                if start >= stop:
+                    break
+                one, two = (
+                    placed[r, :, start - top : stop - top].flatten(1)
+                    for r, top in ((y, window.start(y)), (other, window.start(other)))
+                )
+                blocks[y].append((one @ two.mT) * (1 if other == y else 2))
+        return blocks
+
+
+def _spread(rows: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Windows [h, w, C, I, k, k] by a convolution's outputs as windows [h, w, C, J, K, K] by its inputs."""
+    flat = rows.flatten(0, 2)
+    if stride == 1:
+        spread = conv_transpose2d(flat, weight)
+        return spread.view(*rows.shape[:3], *spread.shape[1:])
+    # transposed convolutions with strides are slow on CPUs: the same as one matrix product
+    k, size = rows.shape[-1], (rows.shape[-1] - 1) * stride + weight.shape[-1]
+    steps = [s * stride for s in range(k)]
+    room = steps[-1]
+    table = torch.stack([pad(weight, (x, room - x, y, room - y)) for y in steps for x in steps], 1)
+    return (flat.flatten(1) @ table.flatten(0, 1).flatten(1)).view(*rows.shape[:3], weight.shape[1], size, size)
+
+
+def conv_chain(victim: Victim, head: Head) -> ConvChain | None:
+    """The victim's features as a chain of at least three convolutions, or None where they are anything else."""
+    module = victim.module
+    layers = [(n, m) for n, m in module.named_modules() if type(m) is not nn.Sequential]
+    ends = [type(m) for _, m in layers[-2:]] == [nn.Flatten, nn.Linear]
+    if type(module) is not nn.Sequential or not ends or f"{layers[-1][0]}.weight" != head.weight:
+        return None
+    stages: list[Stage] = []
+    for name, layer in layers[:-2]:
+        if type(layer) is nn.Conv2d and _plain(layer):
+            stages.append((name, layer, None))
+        elif type(layer) in ELEMENTWISE and stages and stages[-1][2] is None:
+            stages[-1] = (*stages[-1][:2], layer)
+        else:
+            return None
+    _, height, width = victim.input_shape
+    sizes = []
+    for _, conv, _ in stages:
+        k, s, p = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+        height, width = (height + 2 * p - k) // s + 1, (width + 2 * p - k) // s + 1
+        sizes.append((height, width))
+    if len(stages) < 3 or sizes[1][0] * sizes[1][1] * stages[1][1].out_channels > MOST_CUT:
+        return None
+    return ConvChain(stages, sizes, victim.input_shape[1:])
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    """Square, with zeros around, and one group."""
+    square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+    return (
+        square and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+        and conv.groups == 1 and conv.dilation == (1, 1)
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""What differential privacy a run has spent, for defenses that give any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, final
+
+import lightning as L
+
+from gia_bench.data.cohort import Cohort
+from gia_bench.data.datamodule import FederatedDataModule
+from gia_bench.defenses.base import Defense
+from gia_bench.defenses.dp_accounting import Accounted, Budget, Mechanism, epsilon
+from gia_bench.errors import ConfigError
+from gia_bench.federated.module import FederatedModule
+from gia_bench.probes.recorder import Recorder
+
+
+class Spending(NamedTuple):
+    """Repetitions of one mechanism: the noise's multiplier, the share of units in each, how many there were."""
+
+    noise_multiplier: float
+    sample_rate: float
+    num_steps: int
+
+
+@final
+class PrivacyProbe(L.Callback):
+    """After every evaluation, epsilon by Opacus' accountants for what the clients really did so far; the worst of them.
+
+    ``example_epsilon_*`` (DP-SGD): an example of a client is in a local step with the chance batch size / examples of
+    the client; steps are those of the rounds that the client played. ``client_local_epsilon_*`` (client_dp): the rounds
+    that the client played, without amplification, since the server knows who plays. ``client_epsilon_*`` (client_dp):
+    every round, with the chance clients per round / clients, and the noise of all clients that a round averages over.
+
+    Neighbours differ in one unit's contribution (present, or 0). A record's remark holds delta, and says "nominal"
+    where the accountant's sampling (Poisson) is not the run's (shuffled), or where other stages of a chain or a
+    pruning, which may look at the data too, are left out of account.
+    """
+
+    def __init__(self, recorder: Recorder, data: FederatedDataModule) -> None:
+        self.recorder, self.data = recorder, data
+        self._steps: dict[int, int] = {}
+        self._rates: dict[int, float] = {}
+        self._played: dict[int, int] = {}
+        self._gain = math.inf
+        self._rounds = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, FederatedModule) and isinstance(batch, Cohort)
+        dropped = outputs["report"].dropped
+        weighted = pl_module.rules.weighting == "examples"
+        weights = [w if weighted else 1 for c, w in zip(batch.clients, batch.weights, strict=True) if c not in dropped]
+        # in the weighted sum of the updates: the noise's deviation over what one client changes
+        self._gain = min(self._gain, math.sqrt(sum(w * w for w in weights)) / max(weights))
+        self._rounds += 1
+        for client, counts in zip(batch.clients, batch.counts, strict=True):
+            rate = max(counts) / len(self.data.partition.clients[client])
+            self._rates[client] = max(rate, self._rates.get(client, 0))
+            self._steps[client] = self._steps.get(client, 0) + sum(n > 0 for n in counts)
+            self._played[client] = self._played.get(client, 0) + 1
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, FederatedModule)
+        for mechanism, alone in accounted(pl_module.rules.defense):
+            for name, spendings in self._spent(mechanism).items():
+                self._record(f"{name}_{mechanism.accountant}", mechanism, spendings, alone, pl_module.round_index - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, "rates": self._rates, "played": self._played,
+                "gain": self._gain, "rounds": self._rounds}  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps, self._rates = dict(state_dict["steps"]), dict(state_dict["rates"])
+        self._played, self._gain = dict(state_dict["played"]), state_dict["gain"]
+        self._rounds = state_dict["rounds"]
+
+    def _spent(self, mechanism: Mechanism) -> dict[str, set[Spending]]:
+        """By metric, what the clients that may be worst off have spent."""
+        sigma = mechanism.noise_multiplier
+        if mechanism.unit == "example":
+            return {"example_epsilon": {Spending(sigma, self._rates[c], n) for c, n in self._steps.items()}}
+        rate = self.data.clients_per_round / len(self.data.partition.clients)
+        return {
+            "client_epsilon": {Spending(sigma * self._gain, rate, self._rounds)},
+            "client_local_epsilon": {Spending(sigma, 1.0, max(self._played.values()))},
+        }
+
+    def _record(
+        self, metric: str, mechanism: Mechanism, spendings: set[Spending], alone: bool, round_index: int
+    ) -> None:
+        try:
+            budgets = [_budget(mechanism, s) for s in worst(spendings)]
+        except ConfigError as error:  # no noise, or no Opacus
+            self.recorder.add(metric, None, round=round_index, status="unavailable", reason=str(error))
+            return
+        most = max(budgets, key=lambda budget: budget.epsilon)
+        remark = f"delta={most.delta:g}" + ", nominal" * (most.nominal or not alone)
+        self.recorder.add(metric, most.epsilon, round=round_index, reason=remark)
+
+
+def accounted(defense: Defense) -> list[tuple[Mechanism, bool]]:
+    """The mechanisms among a defense's stages, and whether each is all there is."""
+    return [(leaf.mechanism, defense is leaf) for leaf in defense.leaves() if isinstance(leaf, Accounted)]
+
+
+def worst(spendings: Iterable[Spending]) -> list[Spending]:
+    """Those that no other one exceeds in both sample rate and steps; they share their noise multiplier."""
+    found: list[Spending] = []
+    for spent in sorted(spendings, key=lambda s: (s.sample_rate, s.num_steps), reverse=True):
+        if not found or spent.num_steps > found[-1].num_steps:
+            found.append(spent)
+    return found
+
+
+def _budget(mechanism: Mechanism, spent: Spending) -> Budget:
+    return epsilon(
+        noise_multiplier=spent.noise_multiplier, sample_rate=spent.sample_rate, num_steps=spent.num_steps,
+        delta=mechanism.delta, accountant=mechanism.accountant,
+    )  # fmt: skip

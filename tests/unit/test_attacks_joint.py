@@ -1,0 +1,121 @@
+"""Several rounds of one client: the sum tells what single rounds withhold."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from attack_problems import problem
+from command import SMALL, gia_bench
+
+from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.joint import AllRounds, JointRounds, summed
+from gia_bench.attacks.standard import misfit
+from gia_bench.defenses.base import Client
+from gia_bench.defenses.dgp import DGP
+from gia_bench.federated.local import FedAvg
+from gia_bench.probes.history import History
+from gia_bench.values import Batch, Observation, Reconstruction, Update
+
+P = problem(2, batch=2)
+
+
+def later(o: Observation, i: int, move: float) -> Observation:
+    """The same client at other weights."""
+    params = {k: v + move * torch.ones_like(v) for k, v in o.params.items()}
+    batch = Batch(P.images[i], P.labels[i], torch.ones(2))
+    update = torch.func.grad(lambda p: P.victim.objective(p, o.buffers, batch)[0])(params)
+    return dataclasses.replace(o, params=params, update=update)
+
+
+def test_the_truth_explains_the_sum_of_rounds_each_at_its_own_weights() -> None:
+    o = P.observations[0]
+    now = dataclasses.replace(later(o, 0, 0.2), earlier=(o, later(o, 0, 0.1)))
+    joint = summed(now, P.victim)
+    for k, total in joint.update.items():
+        torch.testing.assert_close(total, now.update[k] + sum(e.update[k] for e in now.earlier))
+    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
+    assert misfit(right, joint, P.victim, replay=AllRounds()) == pytest.approx(0, abs=1e-5)
+    assert misfit(right, joint, P.victim) > 1e-4  # at the last weights alone it does not
+
+
+def test_rounds_of_another_number_of_examples_are_left_out() -> None:
+    o = P.observations[0]
+    other = dataclasses.replace(o, num_examples=3)
+    assert summed(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier[0].num_examples == 2
+    assert len(summed(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier) == 1
+
+
+def test_without_earlier_rounds_it_is_the_attack_itself() -> None:
+    attack = inverting_gradients(steps=3)
+    joint = JointRounds(attack=dataclasses.replace(attack, replay=AllRounds()))
+    a = joint.reconstruct_many(P.observations, P.victim, seeds=[0, 1])
+    b = attack.reconstruct_many(P.observations, P.victim, seeds=[0, 1])
+    assert all(torch.equal(x.inputs, y.inputs) for x, y in zip(a, b, strict=True))
+
+
+def test_error_feedback_gives_the_sum_away_round_by_round() -> None:
+    gradient = P.observations[0].update
+    client = Client(P.victim, P.observations[0].params, {}, Batch(P.images[:1], P.labels[:1], torch.ones(1, 2)))
+
+    def shown(rounds: int, feedback: bool) -> float:
+        """The relative error of the mean of what was sent."""
+        defense = DGP(k1=0.05, k2=0.75)
+        if not feedback:
+            defense = dataclasses.replace(
+                defense, error_feedback=dataclasses.replace(defense.error_feedback, enabled=False)
+            )
+        state, total = defense.init_client(gradient), {k: torch.zeros_like(v) for k, v in gradient.items()}
+        for _ in range(rounds):
+            sent, state = defense.protect(gradient, client, state, {}, {})
+            total = {k: v + sent[k] for k, v in total.items()}
+        return _norm({k: v / rounds - gradient[k] for k, v in total.items()}) / _norm(gradient)
+
+    assert shown(30, True) < shown(5, True) < shown(1, True)
+    assert shown(30, False) == pytest.approx(shown(1, False), rel=1e-4)
+
+
+def _norm(update: Update) -> float:
+    return float(torch.stack([u.square().sum() for u in update.values()]).sum().sqrt())
+
+
+def test_what_was_seen_survives_a_checkpoint() -> None:
+    first, second, local = History(), History(), FedAvg(learning_rate=0.1, milestones=[2], gamma=0.5)
+    seen = [dataclasses.replace(o, labels=y, local=local.at(0)) for o, y in zip(P.observations, P.labels, strict=True)]
+    for r in (3, 1):
+        for client, o in enumerate(seen):
+            first.add(client, r, dataclasses.replace(o, local=local.at(r)))
+    file = io.BytesIO()
+    torch.save(first.pack(), file)
+    file.seek(0)
+    second.unpack(torch.load(file, weights_only=True), seen[0], local)
+    for client in (0, 1):
+        rounds = second.before(client, 5)
+        assert [o.local.learning_rate for o in rounds if o.local] == pytest.approx([0.1, 0.05])
+        for old, new in zip(first.before(client, 5), rounds, strict=True):
+            torch.testing.assert_close(dict(old.update), dict(new.update))
+            assert old.labels is not None and new.labels is not None and torch.equal(old.labels, new.labels)
+    # one batch of victims, as before: their model is the same object
+    a, b = (second.before(client, 5)[0] for client in (0, 1))
+    assert a.local is b.local
+    assert all(a.params[k] is b.params[k] for k in a.params)
+    assert second.before(0, 3) == second.before(0, 2)
+
+
+def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(tmp_path: Path) -> None:
+    settings: list[Any] = [
+        *SMALL, "attack=[inverting_gradients_joint]", "attack.inverting_gradients_joint.attack.steps=2",
+        "fl.attack_rounds=[0,2]", "fl.local.batch_size=null", "partition.samples_per_client=2",
+    ]  # fmt: skip
+    done = gia_bench(tmp_path, *[s for s in settings if "inverting_gradients_fast" not in s])
+    assert done.status == 0, done.err
+    frame = pd.concat([pd.read_json(p, lines=True) for p in tmp_path.rglob("records.jsonl")])
+    equations = frame[frame.metric == "equations"].set_index("round")["value"]
+    unknowns = frame[frame.metric == "unknowns"].set_index("round")["value"]
+    assert equations[2] > 1.5 * equations[0]
+    assert unknowns[0] == unknowns[2] == 2 * 16 * 16

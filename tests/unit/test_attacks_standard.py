@@ -1,0 +1,168 @@
+"""The ensemble: chosen by what the attacker sees, and bounded by what the truth would have chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import pytest
+import torch
+from attack_problems import problem
+from torch import Tensor
+
+from gia_bench.attacks.base import FORGET, Attack, Snapshots
+from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.oblivious import Oblivious
+from gia_bench.attacks.standard import Standard, misfit
+from gia_bench.defenses.dgp import DGP
+from gia_bench.errors import ConfigError, IncompatibleError
+from gia_bench.metrics import Metrics, evaluate
+from gia_bench.models.functional import Victim
+from gia_bench.threat import Knowledge, Power
+from gia_bench.values import Observation, Reconstruction, Truth, Update
+
+P = problem(3, batch=2)
+PLAIN = Metrics(lpips=None)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Says(Attack):
+    """Gives what it was told to give, [V, B, C, H, W]."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    asks: Knowledge = Knowledge.NONE
+    wants: Power = Power.NONE
+    fails: bool = False
+    most: int | None = None
+
+    @property
+    def requires(self) -> Knowledge:
+        return self.asks
+
+    @property
+    def needs(self) -> Power:
+        return self.wants
+
+    @property
+    def max_examples(self) -> int | None:
+        return self.most
+
+    def reconstruct_many(
+        self,
+        observations: Sequence[Observation],
+        victim: Victim,
+        *,
+        seeds: Sequence[int],
+        snapshots: Snapshots = FORGET,
+    ) -> list[Reconstruction]:
+        labels = P.labels if self.labels is None else self.labels
+        why = "it diverged" if self.fails else None
+        return [
+            Reconstruction(inputs=x, labels=y, score=-1.0, failure=why)
+            for x, y in zip(self.images, labels, strict=True)
+        ]
+
+
+def says(images: Tensor, **more: Any) -> Says:
+    return Says(images=images, **more)
+
+
+def _halved(update: Update) -> Update:
+    return {k: torch.where(u.abs() > u.abs().median(), u, 0.0) for k, u in update.items()}
+
+
+NOISE = torch.rand(P.images.shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_reconstruction_that_explains_the_update_wins_victim_by_victim_whatever_its_own_score() -> None:
+    mixed = torch.where(torch.tensor([True, False, False]).view(3, 1, 1, 1, 1), P.images, NOISE)
+    other = torch.where(torch.tensor([False, True, False]).view(3, 1, 1, 1, 1), P.images, NOISE)
+    found = Standard(members={"a": says(mixed), "b": says(other)}).reconstruct_many(
+        P.observations, P.victim, seeds=[0, 1, 2]
+    )
+    assert torch.equal(found[0].inputs, P.images[0])
+    assert torch.equal(found[1].inputs, P.images[1])
+    assert found[0].score == pytest.approx(0, abs=1e-5)
+    assert found[2].score > 1e-3
+    assert set(found[0].alternatives) == {"a", "b"}
+
+
+def test_the_misfit_of_the_truth_is_zero_and_of_nothing_infinite() -> None:
+    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
+    assert misfit(right, P.observations[0], P.victim) == pytest.approx(0, abs=1e-5)
+    assert misfit(dataclasses.replace(right, failure="none"), P.observations[0], P.victim) == math.inf
+    broken = dataclasses.replace(right, inputs=P.images[0] * math.nan)
+    assert misfit(broken, P.observations[0], P.victim) == math.inf
+
+
+def test_a_known_defense_is_part_of_the_misfit() -> None:
+    defense = DGP(k1=0.1, k2=0.5)
+    seen = P.observations[0]
+    pruned = dataclasses.replace(seen, update=_halved(seen.update))
+    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
+    informed = misfit(right, dataclasses.replace(pruned, defense=defense), P.victim)
+    assert informed == pytest.approx(0, abs=1e-5)
+    assert misfit(right, pruned, P.victim) > 1e-4
+
+
+def test_the_oracle_bound_is_the_best_candidate_of_every_image_and_metric() -> None:
+    # the ensemble chooses whole updates, the oracle image by image
+    first, second = P.images.clone(), P.images.clone()
+    first[:, 0], second[:, 1] = NOISE[:, 0], NOISE[:, 1]
+    [rebuilt, *_] = Standard(members={"a": says(first), "b": says(second)}).reconstruct_many(
+        P.observations, P.victim, seeds=[0, 1, 2]
+    )
+    scores = evaluate(rebuilt, Truth(P.images[0], P.labels[0]), Metrics(names=["psnr_db", "mse"], lpips=None))
+    assert scores.of("oracle_psnr_db") == [100, 100]
+    assert scores.of("oracle_mse") == [0, 0]
+    assert sorted(x == 100 for x in scores.of("psnr_db")) == [False, True]
+
+
+def test_without_alternatives_there_is_no_oracle_bound() -> None:
+    alone = Reconstruction(inputs=P.images[0], labels=None, score=0.0)
+    metrics = {v.metric for v in evaluate(alone, Truth(P.images[0], P.labels[0]), PLAIN).values}
+    assert not metrics & {"oracle_psnr_db", "oracle_mse", "oracle_ssim"}
+
+
+def test_members_that_cannot_attack_here_are_left_out_and_a_failed_one_never_wins() -> None:
+    members = {
+        "sees labels": says(P.images, asks=Knowledge.LABELS),
+        "sees the defense": says(P.images, asks=Knowledge.DEFENSE),
+        "one example": says(P.images, most=1),
+        "fails": says(P.images, fails=True),
+        "plays": says(NOISE),
+    }
+    [rebuilt, *_] = Standard(members=members).reconstruct_many(P.observations, P.victim, seeds=[0, 1, 2])
+    assert set(rebuilt.alternatives) == {"fails", "plays"}
+    assert torch.equal(rebuilt.inputs, NOISE[0])
+    assert rebuilt.failure is None
+
+
+def test_no_member_left_names_all_reasons() -> None:
+    alone = Standard(members={"a": says(NOISE, asks=Knowledge.LABELS), "b": says(NOISE, most=1)})
+    with pytest.raises(IncompatibleError, match=r"a: it needs to see labels; b: it takes at most 1 example"):
+        alone.reconstruct_many(P.observations, P.victim, seeds=[0, 1, 2])
+
+
+def test_a_malicious_member_and_an_empty_list_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"attack=\[standard,rob\]"):
+        Standard(members={"rob": says(NOISE, wants=Power.CHANGE_MODEL)})
+    with pytest.raises(ConfigError, match="at least one"):
+        Standard(members={})
+
+
+def test_an_oblivious_attacker_does_what_one_does_who_never_knew() -> None:
+    attack = inverting_gradients(steps=3)
+    pruned = [dataclasses.replace(o, update=_halved(o.update)) for o in P.observations]
+    informed = [dataclasses.replace(o, defense=DGP(k1=0.1, k2=0.5)) for o in pruned]
+    blind = Oblivious(attack=attack).reconstruct_many(informed, P.victim, seeds=[0, 1, 2])
+    plain = attack.reconstruct_many(pruned, P.victim, seeds=[0, 1, 2])
+    adaptive = attack.reconstruct_many(informed, P.victim, seeds=[0, 1, 2])
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(blind, plain, strict=True))
+    assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(blind, adaptive, strict=True))
+    assert Knowledge.DEFENSE in Oblivious(attack=attack).requires
