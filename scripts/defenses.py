@@ -1,5 +1,5 @@
-"""What every defense leaks and costs: runs an experiment for all of them and three seeds, prints the table and draws the
-pictures. Finished runs are skipped, so that it may be stopped and started again.
+"""What every defense leaks and costs: runs an experiment for all of them and three seeds, prints the table and draws
+the pictures. Finished runs are skipped, so that it may be stopped and started again.
 
     python scripts/defenses.py                                              Fashion-MNIST, dlg and inverting_gradients
     python scripts/defenses.py --experiment defenses_cifar10                the same on CIFAR-10
