@@ -1,6 +1,6 @@
 # make demo    the main job on embedded digits, with a table and a picture
 # make test    lint, types and all tests
-# make bench   the table of speeds
+# make bench   the table of speeds, beside breaching
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -23,9 +23,9 @@ types: $(STAMPS)/dev
 
 # two workers of one thread each: small tensors gain nothing from more threads
 pytest: $(STAMPS)/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered --durations=25
 
-bench: $(STAMPS)/dev
+bench: $(STAMPS)/bench
 	$(BIN)/python scripts/bench.py
 
 wheel: $(STAMPS)/dev
@@ -46,3 +46,7 @@ $(STAMPS)/run: $(BIN)/python pyproject.toml
 $(STAMPS)/dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	mkdir -p $(STAMPS) && touch $(STAMPS)/run $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	touch $@

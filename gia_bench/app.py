@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gia_bench.conf_path import CONF
 from gia_bench.config import build, identify
 from gia_bench.errors import GiaBenchError, IncompatibleError
+from gia_bench.errors import choices as choices_of
 from gia_bench.records.provenance import versions
 from gia_bench.records.runs import read_status, write_status
 from gia_bench.run import run_folder, train
@@ -52,7 +53,8 @@ def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, s
             raise
         except Exception as error:
             write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
-            log.error("%s failed: %s", label, error)
+            if sweeping:  # Hydra goes on with the next run; a single one ends with the sentence on stderr
+                log.error("%s failed: %s", label, error)
             raise
         write_status(run.folder, "done")
     log.info("%s is done: %s", label, run.folder)
@@ -65,10 +67,10 @@ def _hydra_main(cfg: DictConfig) -> str:
     words, sweeping = list(context.overrides.task), context.mode == RunMode.MULTIRUN
     try:
         return execute(cfg, dict(context.runtime.choices), words, sweeping=sweeping)
-    except GiaBenchError as error:
+    except (GiaBenchError, OSError) as error:
         if sweeping:
             raise  # Hydra notes which run it was and goes on with the next
-        raise SystemExit(f"gia-bench: {error}") from error
+        raise SystemExit(f"gia-bench: {sentence(error)}") from error
 
 
 @final
@@ -111,15 +113,29 @@ def run_as_command(entry: Any, name: str) -> None:
         print(f"{name}: A group takes a choice, not null: leave it out, or see {name} --help.", file=sys.stderr)
         sys.exit(1)
     except (GiaBenchError, HydraException, OmegaConfBaseException, OSError) as error:
-        print(f"{name}: {_sentence(error)}", file=sys.stderr)
+        print(f"{name}: {sentence(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _sentence(error: BaseException) -> str:
-    """The error's own words; for an unknown key also the keys that exist beside it."""
-    text = str(error)
-    cause = error.__cause__
-    parent = getattr(cause, "parent_node", None)
+def sentence(error: BaseException) -> str:
+    """The error's own words, and what can be chosen instead: the keys beside an unknown key, the choices of a group."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_choice(error.missing_cfg_file)
+    if isinstance(error, OSError) and error.filename:
+        return (
+            f"{error.filename}: {error.strerror}. Free some space, or choose another folder with paths.outputs=...; "
+            "then start the same command again."
+        )
+    text = str(error).partition("\nConfig search path:")[0].strip()
+    parent = getattr(error.__cause__, "parent_node", None)
     if isinstance(parent, DictConfig):
         text += f"\nThere are: {', '.join(sorted(str(k) for k in parent))}"
     return text
+
+
+def _unknown_choice(missing: str) -> str:
+    group, _, name = missing.rpartition("/")
+    if group == "hydra/launcher":
+        return f"The launcher {name} is not installed: pip install 'gia-bench[slurm]' or 'gia-bench[ray]'."
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return choices_of(group or "config", name.removesuffix(".yaml"), known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gia_bench.attacks.base import Attack
 from gia_bench.data.datamodule import FederatedDataModule
-from gia_bench.errors import IncompatibleError
+from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.aggregation import Aggregation
 from gia_bench.federated.schedule import Schedule
 from gia_bench.threat import Knowledge, Power, ThreatModel
@@ -35,6 +35,15 @@ def check_aggregation(name: str, threat: ThreatModel, aggregation: Aggregation) 
         raise IncompatibleError(
             f"attack {name} under threat={threat.name} looks at one client's update, which is uniform noise behind the "
             "masks of secure aggregation; choose threat=secure_aggregation, or aggregation=plain."
+        )
+
+
+def check_attacked(threat: ThreatModel, data: FederatedDataModule, schedule: Schedule) -> None:
+    """Raises ``ConfigError`` when more clients are to be attacked than play a round."""
+    if schedule.attack_rounds and threat.sees_clients and schedule.attack_clients > data.clients_per_round:
+        raise ConfigError(
+            f"fl.attack_clients={schedule.attack_clients}, but only {data.clients_per_round} clients play a round; "
+            "give at most that many, or raise partition.num_clients or fl.clients_per_round."
         )
 
 

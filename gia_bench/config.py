@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.attacks.base import Attack
-from gia_bench.compatibility import check_aggregation, check_examples, check_threat
+from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_threat
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition, Scheme
 from gia_bench.data.public import public_examples
@@ -32,6 +32,7 @@ from gia_bench.probes.recorder import Origin
 from gia_bench.pruning.base import Pruning
 from gia_bench.pruning.pruned import with_pruning
 from gia_bench.records.mirror import MirrorFactory
+from gia_bench.signatures import check_call, check_types, check_value
 from gia_bench.threat import ThreatModel
 from gia_bench.values import Examples
 
@@ -93,8 +94,8 @@ def identify(cfg: DictConfig, choices: Mapping[str, str]) -> Run:
     config = _plain(cfg)
     run_id = "r" + hashlib.sha256(json.dumps(_identity(cfg), sort_keys=True, default=str).encode()).hexdigest()[:11]
     named = {g: choices[g] for g in ("dataset", "model", "fl", "threat", "defense")}
-    if not isinstance(cfg.seed, int):
-        raise ConfigError(f"seed={cfg.seed!r} is not a whole number.")
+    for key, declared in (("seed", "int"), ("force", "bool"), ("images", "bool")):
+        check_value(cfg[key], declared, key)
     origin = Origin(run_id=run_id, experiment=str(cfg.name), seed=cfg.seed, **named)
     return Run(origin=origin, folder=Path(cfg.paths.outputs) / cfg.name / run_id, force=cfg.force, config=config)
 
@@ -142,12 +143,20 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         clients_per_round=schedule.clients_per_round,
         seed=cfg.seed,
     )
+    check_attacked(threat, data, schedule)
     for name, attack in attacks.items():
         check_examples(name, attack, threat, data, schedule)
     return Experiment(
         run=run, data=data, public=public, rules=rules, schedule=schedule, threat=threat, attacks=attacks,
         metrics=metrics, trainer=trainer, mirror=mirror, images=cfg.images,
     )  # fmt: skip
+
+
+def public_data(cfg: DictConfig) -> tuple[Dataset, Examples]:
+    """The dataset, and its examples that no client holds: what ``build`` gives an attacker with public data."""
+    dataset: Dataset = _make(cfg, "dataset")
+    partition = _partition(_make(cfg, "partition"), dataset, cfg.seed)
+    return dataset, _bound("public", public_examples, dataset=dataset, partition=partition, **_make(cfg, "public"))
 
 
 def _attack(cfg: DictConfig, name: str) -> Attack:
@@ -191,6 +200,7 @@ def _identity(cfg: DictConfig) -> dict[str, Any]:
 def _make(cfg: DictConfig, section: str) -> Any:
     """The object that a section describes; nested lists and dicts become plain Python."""
     node = OmegaConf.select(cfg, section)
+    check_types(OmegaConf.to_container(node, resolve=True), section)
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -203,7 +213,8 @@ def _make(cfg: DictConfig, section: str) -> Any:
 
 
 def _bound(section: str, target: Any, **arguments: Any) -> Any:
-    """Call with a sentence for a key that the target does not take."""
+    """Call with a sentence for a key that the target does not take, or a value of another type."""
+    check_call(target, arguments, section)
     try:
         return target(**arguments)
     except (TypeError, ValueError) as error:

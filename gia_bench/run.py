@@ -28,7 +28,7 @@ from gia_bench.probes.privacy import PrivacyProbe
 from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.theory import TheoryProbe
 from gia_bench.probes.utility import UtilityProbe
-from gia_bench.records.archives import whole
+from gia_bench.records.archives import whole, write_failed
 from gia_bench.records.runs import LOCK, locked, write_config
 from gia_bench.records.store import RecordStore
 
@@ -75,6 +75,13 @@ def train(experiment: Experiment) -> None:
         if schedule.rounds % schedule.eval_every:
             trainer.validate(module, datamodule=experiment.data, verbose=False, weights_only=True)
         trainer.save_checkpoint(run.folder / "final.ckpt")
+    except (OSError, RuntimeError) as error:
+        if not write_failed(error):
+            raise
+        raise StorageError(
+            f"The training's state cannot be written below {run.folder} ({error}). Free some space; the same command "
+            "goes on from what was saved before."
+        ) from error
     finally:
         recorder.flush()
         mirror.close()

@@ -107,8 +107,9 @@ class ThreatModel:
         else:
             update, count = transcript.updates[client], transcript.payloads[client].num_examples
             sent = transcript.sent_buffers.get(client) if sees(Knowledge.SENT_BUFFERS) else None
+        own = client in transcript.own_params
         return Observation(
-            params=transcript.params,
+            params=transcript.own_params[client] if own and client is not None else transcript.params,
             update=update,
             buffers=transcript.buffers if sees(Knowledge.BUFFERS) else {},
             shared=transcript.shared if sees(Knowledge.SHARED) else {},

@@ -75,8 +75,9 @@ class Transcript:
     params, buffers, shared: the broadcast; updates: decoded payloads by client; sent_buffers: the BatchNorm
     statistics those clients sent back; aggregate: the weighted mean of the decoded updates of ``clients``;
     num_examples: the distinct examples behind all of them together; evidence: what those clients told the server
-    beside their updates (``Defense.asks``), which no threat model shows yet. Behind the masks of secure aggregation
-    only payloads and the aggregate are left of all this: nothing else of one client can be read.
+    beside their updates (``Defense.asks``), which no threat model shows yet; own_params: by client, where a malicious
+    server sent those clients each its own values (``params`` is then their mean over all clients). Behind the masks of
+    secure aggregation only payloads and the aggregate are left of all this: nothing else of one client can be read.
     """
 
     round_index: int
@@ -90,6 +91,7 @@ class Transcript:
     clients: tuple[int, ...]
     num_examples: int
     evidence: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    own_params: Mapping[int, Params] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,35 +12,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
+from bench_attacks import bench_attack, bench_convnet, bench_gpu, bench_quality
+from bench_parts import DEVICE, images, seconds, victim
 from rich.console import Console
 from rich.table import Table
 
-from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Iid
-from gia_bench.data.source import Dataset, InMemory
+from gia_bench.data.source import Dataset
 from gia_bench.defenses.none import NoDefense
 from gia_bench.federated.execution import Executor, Loop, Vmap
 from gia_bench.federated.local import FedSGD
 from gia_bench.federated.round import play_round
 from gia_bench.federated.rules import Rules, Server
-from gia_bench.models.build import build_victim
-from gia_bench.models.functional import Victim
-from gia_bench.models.lenet import lenet, lenet_zhu
+from gia_bench.models.lenet import lenet
 from gia_bench.records.store import read
-from gia_bench.seeding import stream
-from gia_bench.values import Batch, Observation
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def images(count: int, channels: int = 3, size: int = 32) -> InMemory:
-    generator = stream(0, "bench")
-    pixels = torch.randint(256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
-    return InMemory(pixels, torch.randint(10, (count,), generator=generator))
 
 
 def data(clients: int, per_client: int = 8, channels: int = 3, size: int = 32) -> FederatedDataModule:
@@ -53,26 +41,6 @@ def data(clients: int, per_client: int = 8, channels: int = 3, size: int = 32) -
     return FederatedDataModule(
         dataset=dataset, partition=split, local=FedSGD(batch_size=per_client), clients_per_round=None, seed=0
     )
-
-
-def victim(network: Callable[..., torch.nn.Module], channels: int = 3, size: int = 32) -> Victim:
-    made = build_victim(
-        network, input_shape=(channels, size, size), num_classes=10, mean=(0.5,) * channels, std=(0.25,) * channels,
-        init="uniform_half",
-    )  # fmt: skip
-    return made.to(DEVICE)
-
-
-def seconds(action: Callable[[], object], repeats: int = 5) -> float:
-    """The median of a few calls after a warm-up, with the device's work finished."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        action()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
 
 
 def one_round(executor: Executor, clients: int) -> Callable[[], object]:
@@ -152,41 +120,15 @@ def bench_memory(table: Table) -> None:
         table.add_row(f"peak memory added by rounds of {clients} clients, LeNet", f"{peak_memory(clients):.0f} MiB", "")
 
 
-def bench_attack(table: Table) -> None:
-    """Cosine matching on DLG's LeNet: one victim alone against 64 at once."""
-    model, source = victim(lenet_zhu), images(64)
-    params, buffers = ({k: v.to(DEVICE) for k, v in part.items()} for part in model.initial())
-    gradient = torch.func.grad(lambda p, b: model.objective(p, buffers, b)[0])
-    observations = []
-    for i in range(64):
-        labels = source.labels[i : i + 1].to(DEVICE)
-        batch = Batch(source.images(torch.tensor([i])).to(DEVICE), labels, torch.ones(1, device=DEVICE))
-        observations.append(
-            Observation(params=params, buffers=buffers, update=gradient(params, batch), labels=labels, num_examples=1)
-        )
-    steps = 50
-    each = {}
-    for victims in (1, 64):
-        attack = inverting_gradients(steps=steps)
-        took = seconds(
-            lambda n=victims, a=attack: a.reconstruct_many(observations[:n], model, seeds=list(range(n))),
-            repeats=3,  # type: ignore[misc]
-        )
-        each[victims] = took / steps / victims
-    table.add_row("gradient matching, DLG-LeNet, cosine: 1 victim", f"{1e3 * each[1]:.2f} ms/step", "1.0x")
-    table.add_row(
-        "the same with 64 victims at once",
-        f"{1e3 * each[64]:.2f} ms/victim and step",
-        f"{each[1] / each[64]:.1f}x faster",
-    )
-
-
 BENCHES = {
     "round": bench_round,
     "shell": bench_shell,
     "training": bench_training,
     "memory": bench_memory,
     "attack": bench_attack,
+    "convnet": bench_convnet,
+    "quality": bench_quality,
+    "gpu": bench_gpu,
 }
 
 
@@ -200,7 +142,7 @@ def main() -> None:
     table = Table("what", "measured", "ratio", title=f"torch {torch.__version__} on {device}")
     for name in names:
         BENCHES[name](table)
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class April(Attack):
     labels: how labels are found (``labels.METHODS`` without ``joint``). The score is the share of the observed gradient
     that the image leaves unexplained; where A is nearly singular, wrong images explain it too. Takes
     ``model=vit_april``, with no more tokens and no more numbers in a patch than a token has. The paper's second attack,
-    which searches, is not here.
+    which searches, is ``april_optimized``.
     """
 
     labels: str = "auto"

@@ -60,6 +60,11 @@ class Attack(ABC):
         return Power.NONE
 
     @property
+    def personal(self) -> bool:
+        """Whether a malicious server sends each client values of its own (``tamper_for``), in one common module."""
+        return False
+
+    @property
     def remembers(self) -> bool:
         """Whether it wants ``Observation.earlier``: what was seen of the client in earlier attacked rounds."""
         return False
@@ -87,6 +92,15 @@ class Attack(ABC):
         round. seed: names the attack and the round; public: examples that no client holds, where the threat shows them.
         """
         return honest
+
+    def tamper_for(
+        self, honest: Broadcast, place: int, num_clients: int, *, seed: int, public: Examples | None = None
+    ) -> Broadcast:
+        """What the client at ``place`` (0 to num_clients - 1) of the malicious round gets, where the attack is
+        ``personal``. Module, names and shapes are the same for all. An observation of one client holds what that
+        client got; one of the sum holds the mean over the clients.
+        """
+        return self.tamper(honest, seed=seed, public=public)
 
     @abstractmethod
     def reconstruct_many(

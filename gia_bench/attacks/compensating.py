@@ -38,6 +38,11 @@ class Compensating(Attack):
         return self.attack.needs
 
     @property
+    def personal(self) -> bool:
+        """The inner attack's."""
+        return self.attack.personal
+
+    @property
     def max_examples(self) -> int | None:
         """The inner attack's."""
         return self.attack.max_examples
@@ -54,6 +59,12 @@ class Compensating(Attack):
     def tamper(self, honest: Broadcast, *, seed: int, public: Examples | None = None) -> Broadcast:
         """The inner attack's."""
         return self.attack.tamper(honest, seed=seed, public=public)
+
+    def tamper_for(
+        self, honest: Broadcast, place: int, num_clients: int, *, seed: int, public: Examples | None = None
+    ) -> Broadcast:
+        """The inner attack's."""
+        return self.attack.tamper_for(honest, place, num_clients, seed=seed, public=public)
 
     def reconstruct_many(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.distances import Distance, Euclidean
 from gia_bench.attacks.initial import Initial, Patterned
 from gia_bench.attacks.lbfgs import LBFGS
@@ -20,6 +21,7 @@ def cpl(
     optimizer: Optimizer = OPTIMIZER,
     initial: Initial = PATTERNED,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """iDLG from a guess that repeats one tile: the label is read, then L-BFGS over the image alone.
@@ -35,5 +37,6 @@ def cpl(
         steps=steps,
         restarts=restarts,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.distances import Distance, Euclidean
 from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.lbfgs import LBFGS
@@ -20,6 +21,7 @@ def dlg(
     optimizer: Optimizer = OPTIMIZER,
     initial: Initial = RANDN,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """Images and soft labels together: L-BFGS on the sum of squared differences, from standard normal guesses.
@@ -35,5 +37,6 @@ def dlg(
         steps=steps,
         restarts=restarts,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

@@ -33,8 +33,8 @@ class ClassFishing(Attack):
     becomes ``bias_multiplier`` for every class but the target, whose bias stays. The softmax then never gives the
     target any probability, so that an example of another class sends no gradient below the last layer, and one of the
     target class sends what it would send alone, times 1 / B. What the last bias's gradient holds is then known exactly:
-    the counts of all classes. Examples of the target class are rebuilt together, on all layers but the last; the attack
-    that sorts several of them apart by a feature is not here.
+    the counts of all classes. Examples of the target class are rebuilt together, on all layers but the last; a feature
+    sorts several of them apart in ``FeatureFishing``.
 
     attack: what rebuilds them (its ``labels`` must be auto or known: the attacker knows them); target_class: None for
     one drawn from the seed (gia_bench choice); multipliers: 0.5 and 1000 in breaching. Images of other classes
@@ -49,9 +49,7 @@ class ClassFishing(Attack):
     bias_multiplier: float = 1000.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attack, GradientMatching) or self.attack.labels not in LABELS:
-            raise ConfigError("attack.attack must be gradient matching with labels=auto: the attacker sets the class.")
-        check(self.target_class is None or self.target_class >= 0, "attack.target_class", self.target_class, "a class")
+        check_inner(self.attack, self.target_class)
         check(self.class_multiplier > 0, "attack.class_multiplier", self.class_multiplier, "a number above 0")
         check(self.bias_multiplier > 0, "attack.bias_multiplier", self.bias_multiplier, "a number above 0")
 
@@ -70,21 +68,13 @@ class ClassFishing(Attack):
 
     def check_victim(self, victim: Victim) -> None:
         """Needs a linear head with a bias, and a softmax behind it."""
-        _head(victim)
-        if victim.loss is not cross_entropy:
-            raise IncompatibleError("Class fishing needs the softmax of model.loss=cross_entropy.")
-        if self.target_class is not None and self.target_class >= victim.num_classes:
-            raise IncompatibleError(
-                f"attack.target_class={self.target_class}: the model has {victim.num_classes} classes, counted from 0."
-            )
+        check_last_layer(victim, self.target_class)
 
     def tamper(self, honest: Broadcast, *, seed: int, public: Examples | None = None) -> Broadcast:
         """The honest model with another last layer."""
         victim, params = honest.victim, honest.params
-        weight, bias = _head(victim)
-        target = self.target_class
-        if target is None:
-            target = derive(seed, "target_class") % victim.num_classes
+        weight, bias = last_layer(victim)
+        target = target_of(self.target_class, victim, seed)
         others = torch.arange(victim.num_classes, device=params[bias].device) != target
         changed = {
             weight: torch.where(others[:, None], 0, torch.full_like(params[weight], self.class_multiplier)),
@@ -100,24 +90,47 @@ class ClassFishing(Attack):
         seeds: Sequence[int],
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
-        weight, bias = _head(victim)
+        weight, bias = last_layer(victim)
         # whatever the honest bias is, it is far below the others'
         targets = [int(o.params[bias].argmin()) for o in observations]
         counts = [_counts(o, bias, t) for o, t in zip(observations, targets, strict=True)]
         caught = [i for i, t in enumerate(targets) if int(counts[i][t])]
-        alone = [_alone(observations[i], int(counts[i][targets[i]]), targets[i], weight, bias) for i in caught]
+        alone = [only_body(observations[i], int(counts[i][targets[i]]), targets[i], weight, bias) for i in caught]
         found = self.attack.reconstruct_many(alone, victim, seeds=[seeds[i] for i in caught], snapshots=snapshots)
         rebuilt = dict(zip(caught, found, strict=True))
-        return [_filled(o, victim, counts[i], targets[i], rebuilt.get(i)) for i, o in enumerate(observations)]
+        reasons = [f"the update holds no example of class {t}, which was fished for" for t in targets]
+        return [filled(o, victim, counts[i], rebuilt.get(i), reasons[i]) for i, o in enumerate(observations)]
 
 
-def _head(victim: Victim) -> tuple[str, str]:
+def check_inner(attack: GradientMatching, target_class: int | None) -> None:
+    """Raises ``ConfigError`` for what cannot rebuild the fished examples, and for a class that cannot be."""
+    if not isinstance(attack, GradientMatching) or attack.labels not in LABELS:
+        raise ConfigError("attack.attack must be gradient matching with labels=auto: the attacker sets the class.")
+    check(target_class is None or target_class >= 0, "attack.target_class", target_class, "a class")
+
+
+def check_last_layer(victim: Victim, target_class: int | None) -> None:
+    """Raises ``IncompatibleError`` without a linear last layer with a bias and a softmax, or without that class."""
+    last_layer(victim)
+    if victim.loss is not cross_entropy:
+        raise IncompatibleError("Fishing needs the softmax of model.loss=cross_entropy.")
+    if target_class is not None and target_class >= victim.num_classes:
+        raise IncompatibleError(
+            f"attack.target_class={target_class}: the model has {victim.num_classes} classes, counted from 0."
+        )
+
+
+def last_layer(victim: Victim) -> tuple[str, str]:
+    """The names of its weight and bias."""
     head: Head | None = victim.head
     if head is None or head.bias is None:
-        raise IncompatibleError(
-            "Class fishing needs a model that ends in a linear layer with a bias; take another (lenet)."
-        )
+        raise IncompatibleError("Fishing needs a model that ends in a linear layer with a bias; take another (lenet).")
     return head.weight, head.bias
+
+
+def target_of(target_class: int | None, victim: Victim, seed: int) -> int:
+    """The class that is chosen, or drawn from the seed."""
+    return derive(seed, "target_class") % victim.num_classes if target_class is None else target_class
 
 
 def _counts(observation: Observation, bias: str, target: int) -> Tensor:
@@ -131,6 +144,11 @@ def _counts(observation: Observation, bias: str, target: int) -> Tensor:
     entries = observation.update[bias].detach().to("cpu", torch.float64) / update_unit(observation)
     p = torch.full_like(entries, 1 / max(len(entries) - 1, 1))
     p[target] = 0
+    return whole_counts(entries, p, B)
+
+
+def whole_counts(entries: Tensor, p: Tensor, B: int) -> Tensor:
+    """B (p - entries) in whole numbers [classes] int64 that sum to B; p: mean probabilities over the batch."""
     counts = (B * (p - entries.nan_to_num(0.0, 0.0, 0.0))).clamp(min=0, max=B)
     whole = counts.round()
     while int(whole.sum()) != B:  # a protected update: those that were rounded most are changed
@@ -141,24 +159,23 @@ def _counts(observation: Observation, bias: str, target: int) -> Tensor:
     return whole.long()
 
 
-def _alone(observation: Observation, count: int, target: int, weight: str, bias: str) -> Observation:
-    """The update that the examples of the target class would have sent without the others."""
+def only_body(observation: Observation, count: int, label: int, weight: str, bias: str) -> Observation:
+    """The update below the last layer that ``count`` examples would have sent without the others."""
     factor = (observation.num_examples or 0) / count
     body = {k: factor * v for k, v in observation.update.items() if k not in (weight, bias)}
-    labels = torch.full((count,), target, device=observation.update[bias].device)
+    labels = torch.full((count,), label, device=observation.update[bias].device)
     return dataclasses.replace(observation, update=body, num_examples=count, labels=labels)
 
 
-def _filled(
-    observation: Observation, victim: Victim, counts: Tensor, target: int, rebuilt: Reconstruction | None
+def filled(
+    observation: Observation, victim: Victim, counts: Tensor, rebuilt: Reconstruction | None, reason: str
 ) -> Reconstruction:
-    """``rebuilt`` with zeros for the images of the other classes."""
+    """``rebuilt`` with zeros for the images that were not fished; a failure with ``reason`` where there is none."""
     like = next(iter(observation.update.values()))
     zeros = like.new_zeros(observation.num_examples or 0, *victim.input_shape)
     inputs = PixelSpace.of(victim, zeros).decode(zeros)
     labels = torch.arange(len(counts)).repeat_interleave(counts).to(like.device)
     if rebuilt is None:
-        reason = f"the update holds no example of class {target}, which was fished for"
         return Reconstruction(inputs=inputs, labels=labels, score=math.inf, failure=reason)
     inputs[: len(rebuilt.inputs)] = rebuilt.inputs
     return dataclasses.replace(rebuilt, inputs=inputs, labels=labels)

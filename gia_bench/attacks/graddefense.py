@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.distances import Cosine, Distance, Euclidean
 from gia_bench.attacks.group import STEPS
 from gia_bench.attacks.initial import Initial, Randn
@@ -32,6 +33,7 @@ def dga(
     optimizer: Optimizer = DGA_OPTIMIZER,
     initial: Initial = RANDN,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """The deep gradient attack: L-BFGS on the sum of squared differences, labels known (the worst case). For LeNet.
@@ -47,6 +49,7 @@ def dga(
         steps=steps,
         restarts=restarts,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )
 
@@ -64,6 +67,7 @@ def gia(
     priors: Mapping[str, Prior] = PRIORS,
     replay: Replay = STEPS,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 250,
 ) -> GradientMatching:
     """Gradient inversion by the cosine distance + total variation, plain Adam, no box, labels known. For ConvNet.
@@ -83,5 +87,6 @@ def gia(
         restarts=restarts,
         boxed=boxed,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

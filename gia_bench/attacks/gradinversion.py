@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.batch_norm import RunningStatistics
 from gia_bench.attacks.distances import Distance, Euclidean
 from gia_bench.attacks.forces import Force, GroupConsistency, Langevin
@@ -38,6 +39,7 @@ def gradinversion(
     priors: Mapping[str, Prior] = PRIORS,
     forces: Mapping[str, Force] = FORCES,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 500,
 ) -> GradientMatching:
     """Squared differences + total variation + norm + BatchNorm statistics, with noise, restarts drawn to their mean.
@@ -58,5 +60,6 @@ def gradinversion(
         restarts=restarts,
         boxed=boxed,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

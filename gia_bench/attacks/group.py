@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from gia_bench.attacks.adaptive import Constraint, Informed
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic, Step
 from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.memory import free_bytes, largest_batch, peak_bytes
 from gia_bench.attacks.optimizers import Variables
@@ -38,7 +39,9 @@ class Seen(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Group:
-    """The loss of V x T candidates and its gradient. ``template`` holds what all the victims share."""
+    """The loss of V x T candidates and its gradient. ``template`` holds what all the victims share. step: how they are
+    computed, see ``computed`` (None: as torch has it).
+    """
 
     victim: Victim
     template: Observation
@@ -49,6 +52,8 @@ class Group:
     constraints: Mapping[str, Constraint]
     replay: Replay
     max_batch: int | None
+    arithmetic: Arithmetic = PLAIN
+    step: Step | None = None
 
     @classmethod
     def of(
@@ -116,7 +121,8 @@ class Group:
         pixels = variables["pixels"]
         V, T = pixels.shape[:2]
         rows = torch.arange(V, device=pixels.device)
-        if wanted is not None and pixels.device.type == "cpu":
+        # a compiled step would be compiled again for every number of victims
+        if wanted is not None and pixels.device.type == "cpu" and not self.arithmetic.compile:
             rows = rows[wanted.any(1)]
         loss, gradients = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
         for few, restarts in _chunks(len(rows), T, self.max_batch):
@@ -135,12 +141,26 @@ class Group:
         left = free_bytes(variables["pixels"].device) if free is None else free
         return dataclasses.replace(self, max_batch=largest_batch(one, left))
 
+    @torch.no_grad()
+    def computed(self, arithmetic: Arithmetic, start: Variables) -> Group:
+        """With steps by ``arithmetic``, after it has been compared with the plain one on the guesses ``start`` in the
+        chunks that will be used. Raises ``ConfigError`` where they differ, or where it cannot be had here.
+        """
+        plain = dataclasses.replace(self, step=PLAIN.step(self._map, start["pixels"]))
+        if arithmetic.plain:
+            return plain
+        step = arithmetic.step(self._map, start["pixels"])
+        other = dataclasses.replace(self, step=step, arithmetic=arithmetic)
+        arithmetic.compare(plain.evaluate(start), other.evaluate(start))
+        return other
+
     def _part(self, variables: Variables, victims: slice | Tensor, restarts: slice) -> tuple[Variables, Tensor]:
         """Gradients and losses of some victims and restarts."""
         T = variables["pixels"].shape[1]
         seen = Seen(*({k: v[victims] for k, v in s.items()} for s in self.seen))
         own = {k: v.expand(-1, T, -1)[:, restarts] for k, v in seen.labels.items()}
-        return self._map({k: v[victims, restarts] for k, v in variables.items()}, seen._replace(labels=own))
+        step = self._map if self.step is None else self.step
+        return step({k: v[victims, restarts] for k, v in variables.items()}, seen._replace(labels=own))
 
     def _map(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         # vmap(grad(loss)), never the gradient of vmap(loss): through BatchNorm in training mode the latter's second

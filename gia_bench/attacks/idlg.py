@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.distances import Distance, Euclidean
 from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.lbfgs import LBFGS
@@ -21,6 +22,7 @@ def idlg(
     initial: Initial = RANDN,
     stop_below: float | None = 1e-6,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 10,
 ) -> GradientMatching:
     """The label is read off the last layer, for updates of one example; then L-BFGS over the image alone.
@@ -36,5 +38,6 @@ def idlg(
         restarts=restarts,
         stop_below=stop_below,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

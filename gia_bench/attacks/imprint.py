@@ -17,9 +17,9 @@ from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.scene import PixelSpace
 from gia_bench.errors import ConfigError, IncompatibleError, choices
 from gia_bench.models.functional import Victim
-from gia_bench.models.imprint import BIAS, IMPRINT, WEIGHT, AddMean, Spread, in_front
+from gia_bench.models.imprint import BIAS, IMPRINT, WEIGHT, Activation, AddMean, Spread, in_front, unit_band
 from gia_bench.threat import Knowledge
-from gia_bench.values import Observation, Reconstruction
+from gia_bench.values import Examples, Observation, Reconstruction
 
 FAR = 10.0
 """The lowest bin begins this many standard deviations below the centre, so that every image lies above (reference)."""
@@ -146,9 +146,17 @@ def _shares(num_bins: int) -> Tensor:
 
 CONNECTIONS: dict[str, Callable[[int, int, float, float], nn.Module]] = {
     "linear": lambda num_rows, num_pixels, gain, mean_bin: Spread(num_rows, num_pixels, gain, -mean_bin),
+    "linear_mean": lambda num_rows, num_pixels, gain, mean_bin: Spread(
+        num_rows, num_pixels, gain * num_rows, -mean_bin
+    ),
     "addition": lambda num_rows, num_pixels, gain, mean_bin: AddMean(),
 }
-"""(rows K, pixels N, gain, mean of the bins) -> how the rows' values reach the model."""
+"""(rows K, pixels N, gain, mean of the bins) -> how the rows' values reach the model.
+
+The authors' "linear" hands on the sum over the rows, which grows with their number: with 128 rows on normalised digits
+every pixel of what the model sees is between 13 and 438, a LeNet's sigmoids saturate, and the gradients of some images
+are 1e-18 of the largest, in any precision: their bins look empty. "linear_mean" (gia_bench choice) hands on the mean.
+"""
 
 
 def check_block(num_rows: int, connection: str, gain: float, labels: str) -> None:
@@ -167,6 +175,50 @@ def implanted(block: nn.Module, honest: Broadcast) -> Broadcast:
     new = {k: v.detach().clone() for k, v in module.named_parameters() if k.startswith(f"{IMPRINT}.")}
     params = {k: new[k] if k in new else honest.params[k] for k, _ in module.named_parameters()}
     return Broadcast(dataclasses.replace(honest.victim, module=module), params, honest.buffers)
+
+
+def measuring(victim: Victim, weights: Tensor, public: Examples | None) -> Callable[[int], Tensor]:
+    """(n) -> the values on the first n public examples, or all, of the functional with ``weights`` [N] float64."""
+
+    def measure(count: int) -> Tensor:
+        assert public is not None  # required by the bins that ask, and so checked
+        return as_seen(victim, public.images(torch.arange(min(count, len(public)))).double()) @ weights
+
+    return measure
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How rows that measure the same functional h tell bins apart. activation: theirs; slopes: (cuts [K]) -> what
+    h - cut is multiplied with in each row; own: (the rows' gradients [K, ...]) -> what each bin alone has sent."""
+
+    activation: Activation
+    slopes: Callable[[Tensor], Tensor]
+    own: Callable[[Tensor], Tensor]
+
+
+def differences(values: Tensor) -> Tensor:
+    """values [K, ...] minus those of the next row; the last row (above the highest cut) stands for itself."""
+    return values - torch.cat([values[1:], values.new_zeros(1, *values.shape[1:])])
+
+
+def band_slopes(cuts: Tensor) -> Tensor:
+    """1 / the width of each bin, so that a row is in (0, 1) in its own bin alone. cuts: [K], K at least 2; the last bin
+    is taken to be as wide as the first, which no image leaves either."""
+    return 1 / torch.cat([cuts.diff(), (cuts[1] - cuts[0])[None]])
+
+
+def _as_they_are(values: Tensor) -> Tensor:
+    return values
+
+
+ROWS = {
+    "relu": Rows(activation=torch.relu, slopes=torch.ones_like, own=differences),
+    "hardtanh": Rows(activation=unit_band, slopes=band_slopes, own=_as_they_are),
+}
+"""relu: on above the cut, and bins show in differences (Fowl et al.); hardtanh: on in the own bin alone, so that a row
+holds still until its own image comes (Fowl et al. and Zhao et al. for FedAvg)."""
 
 
 def as_seen(victim: Victim, images: Tensor) -> Tensor:

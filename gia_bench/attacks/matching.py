@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gia_bench.attacks.adaptive import Constraint
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Distance
@@ -41,8 +42,8 @@ class GradientMatching(Attack):
     update of several local steps; labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at least 1;
     boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests (None:
     never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at the
-    start (the same numbers, less memory); snapshot_every: steps between two snapshots, and between two looks whether
-    all rest.
+    start (the same numbers, less memory); arithmetic: compiled or not, and the precision; snapshot_every: steps between
+    two snapshots, and between two looks whether all rest.
 
     Every restart keeps its best iterate with that iterate's own loss; the restart with the lowest loss is returned. The
     loss is all that chooses: the truth is nowhere near. An update that was observed by an attacker who knows the
@@ -63,6 +64,7 @@ class GradientMatching(Attack):
     boxed: bool = False
     stop_below: float | None = None
     max_batch: int | str | None = None
+    arithmetic: Arithmetic = PLAIN
     snapshot_every: int = 100
 
     def __post_init__(self) -> None:
@@ -103,12 +105,12 @@ class GradientMatching(Attack):
     ) -> list[Reconstruction]:
         alike: dict[Hashable, list[int]] = {}
         for i, observation in enumerate(observations):
-            _check(observation, victim)
+            check_observation(observation, victim)
             for name, prior in self.priors.items():
                 refusal = prior.refusal(observation, victim)
                 if refusal is not None:
                     raise IncompatibleError(f"priors.{name}: {refusal}")
-            alike.setdefault(_kind(observation), []).append(i)
+            alike.setdefault(kind(observation), []).append(i)
         found: dict[int, Reconstruction] = {}
         for members in alike.values():
             some, own_seeds = [observations[i] for i in members], [seeds[i] for i in members]
@@ -129,6 +131,7 @@ class GradientMatching(Attack):
         start = self._start(observations[0], victim, seeds, like, joint=labels[0] is None)
         if self.max_batch == "auto":
             group = group.fitted(start)
+        group = group.computed(self.arithmetic, start)
         search = Search(
             evaluate=group.evaluate,
             push=self._push(seeds) if self.forces else None,
@@ -140,7 +143,7 @@ class GradientMatching(Attack):
             snapshot_every=self.snapshot_every,
         )
         # repr holds every hyperparameter: the state of other settings or other victims is never picked up
-        key = f"matching-{derive(0, repr(self), repr(_kind(observations[0])[-1]), *seeds):016x}"
+        key = f"matching-{derive(0, repr(self), repr(kind(observations[0])[-1]), *seeds):016x}"
         end = search.run(start, snapshots, key)
         return [self._best_restart(end, v, o, labels[v], space) for v, o in enumerate(observations)]
 
@@ -178,7 +181,7 @@ class GradientMatching(Attack):
         score = float(end.best_loss[v, t])
         own = end.best["labels"][v, t].softmax(-1) if labels is None else labels[min(t, len(labels) - 1)]
         pixels, own = self.replay.merge(end.best["pixels"][v, t], own, observation)
-        failure = None if score < torch.inf else _why_never_finite(observation, self.restarts)
+        failure = None if score < torch.inf else why_never_finite(observation, self.restarts)
         return Reconstruction(
             inputs=space.decode(pixels),
             labels=own.argmax(-1) if labels is None else own,
@@ -187,8 +190,8 @@ class GradientMatching(Attack):
         )
 
 
-def _kind(observation: Observation) -> tuple[Hashable, ...]:
-    """What must be the same for observations to be one batch."""
+def kind(observation: Observation) -> tuple[Hashable, ...]:
+    """What must be the same for observations to be one batch; its last part is the same in any process."""
     o = observation
     tensors = tuple((k, id(v)) for shared in (o.params, o.buffers, o.shared) for k, v in shared.items())
     return (
@@ -202,7 +205,8 @@ def _kind(observation: Observation) -> tuple[Hashable, ...]:
     )
 
 
-def _check(observation: Observation, victim: Victim) -> None:
+def check_observation(observation: Observation, victim: Victim) -> None:
+    """Raises ``IncompatibleError`` for an observation in which there is nothing to match."""
     B, params = observation.num_examples, observation.params
     if B is None:
         raise IncompatibleError(
@@ -221,7 +225,8 @@ def _check(observation: Observation, victim: Victim) -> None:
         raise IncompatibleError(f"The observed labels have shape {tuple(observation.labels.shape)}, expected ({B},).")
 
 
-def _why_never_finite(observation: Observation, restarts: int) -> str:
+def why_never_finite(observation: Observation, restarts: int) -> str:
+    """The reason for a victim without a finite loss."""
     broken = [name for name, t in observation.update.items() if not bool(t.isfinite().all())]
     if broken:
         return f"the observed update holds NaN or infinity in {', '.join(broken)}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import final
 
-import torch
 from torch import Tensor
 
 from gia_bench.attacks.base import FORGET, Attack, Broadcast, Snapshots
@@ -18,9 +17,10 @@ from gia_bench.attacks.imprint import (
     Functional,
     Measured,
     Random,
-    as_seen,
     check_block,
+    differences,
     implanted,
+    measuring,
     quotients,
     read_images,
 )
@@ -46,11 +46,12 @@ class RobbingTheFed(Attack):
     as in the paper, the last row (above the highest cut) stands for itself.
 
     num_bins: rows of the layer; functional: h, of the flattened image as the network sees it; bins: where they are cut;
-    connection: "linear" | "addition", how the layer's values reach the model (``models.imprint``); gain: factor of the
-    layer's weight and bias; keep: of more hits than images, those with the "largest" |mean of the weight's difference|
-    (authors) or "smallest" (breaching); tolerance: a bin is hit where the bias's difference is more than this share of
-    the largest entry of the bias's gradient, since rounding leaves something in empty bins (gia_bench choice;
-    reference: 0); labels: how labels are read off the rest of the update.
+    connection: "linear" | "linear_mean" | "addition", how the layer's values reach the model: "linear", the authors',
+    saturates models with sigmoids (``imprint.CONNECTIONS``); gain: factor of the layer's weight and bias; keep: of more
+    hits than images, those with the "largest" |mean of the weight's difference| (authors) or "smallest" (breaching);
+    tolerance: a bin is hit where the bias's difference is more than this share of the largest entry of the bias's
+    gradient, since rounding leaves something in empty bins (gia_bench choice; reference: 0); labels: how labels are
+    read off the rest of the update.
     """
 
     num_bins: int = 128
@@ -87,12 +88,7 @@ class RobbingTheFed(Attack):
         victim, like = honest.victim, next(iter(honest.params.values()))
         N = prod(victim.input_shape)
         weights = self.functional(N, stream(seed, "functional"))
-
-        def measure(count: int) -> Tensor:
-            assert public is not None  # required, and so checked
-            return as_seen(victim, public.images(torch.arange(min(count, len(public)))).double()) @ weights
-
-        cuts = self.bins.cuts(self.num_bins, measure)
+        cuts = self.bins.cuts(self.num_bins, measuring(victim, weights, public))
         block = ImprintBlock(
             (self.gain * weights).expand(self.num_bins, N).to(like),
             (-self.gain * cuts).to(like),
@@ -111,11 +107,7 @@ class RobbingTheFed(Attack):
         return [read_images(o, victim, self.labels, self._read) for o in observations]
 
     def _read(self, rows: Tensor, entries: Tensor, B: int) -> Tensor:
-        nothing = rows.new_zeros(1, rows.shape[1])
-        own_rows, own_entries = (
-            rows - torch.cat([rows[1:], nothing]),
-            entries - torch.cat([entries[1:], nothing[0, :1]]),
-        )
+        own_rows, own_entries = differences(rows), differences(entries)
         images, places = quotients(own_rows, own_entries, self.tolerance, float(entries.abs().max()))
         strength = own_rows[places].mean(1).abs()
         order = strength.argsort(descending=self.keep == "largest", stable=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.distances import Cosine, Distance
 from gia_bench.attacks.initial import Initial, Randn
 from gia_bench.attacks.matching import GradientMatching
@@ -31,6 +32,7 @@ def sgi(
     initial: Initial = RANDN,
     priors: Mapping[str, Prior] = PRIORS,
     max_batch: int | str | None = None,
+    arithmetic: Arithmetic = PLAIN,
     snapshot_every: int = 500,
 ) -> GradientMatching:
     """Inverting Gradients on the entries that were sent: masked cosine + total variation, signed Adam.
@@ -49,5 +51,6 @@ def sgi(
         restarts=restarts,
         boxed=boxed,
         max_batch=max_batch,
+        arithmetic=arithmetic,
         snapshot_every=snapshot_every,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Param
 from gia_bench.wire import DENSE, Codec
 
 if TYPE_CHECKING:
+    from gia_bench.federated.local import LocalWork
     from gia_bench.models.functional import Victim
 
 AskClient: TypeAlias = Callable[[int], tuple[Update, State]]
@@ -149,6 +150,26 @@ class Defense(ABC):
     def settle(self, params: Params, server_state: State) -> tuple[Params, State]:
         """The server's model after the optimizer's step: of pruned learning, where its weights go to zero."""
         return params, server_state
+
+    def rehearse(
+        self,
+        victim: Victim,
+        local: LocalWork,
+        params: Params,
+        buffers: Buffers,
+        batch: Batch,
+        shared: Shared,
+        noise: Noise,
+        counts: Sequence[int] | None,
+    ) -> Update:
+        """What a client with this batch [S, B, ...] that is new to the defense would send, evidence left out: for
+        attackers who know the defense and simulate clients. Pure; runs under ``vmap`` like the stages it plays."""
+        own, state, informed = self.transform(batch, noise), self.init_client(params), self.informed(shared)
+        client = Client(victim, params, buffers, own, learning_rate=local.learning_rate)
+        client = client._replace(params=self.start(client, state, shared))
+        update = local.run(victim, informed, client.params, buffers, own, noise, counts).update
+        sent, _ = self.protect(update, client._replace(seen=informed.seen()), state, shared, noise)
+        return {k: sent[k] for k in params}
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """A differentiable stand-in for ``protect``, for attackers who know the defense: applied to dummy updates."""

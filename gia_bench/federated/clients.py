@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, final
 
 import torch
 
@@ -13,18 +13,24 @@ from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWor
 from gia_bench.federated.local import LocalResult
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.seeding import stream
-from gia_bench.values import Shared, State, Update
+from gia_bench.values import Params, Shared, State, Update
+
+Own: TypeAlias = Callable[[int], Params]
+"""(position in the cohort) -> what this client alone is sent."""
 
 
 @final
 class Clients:
     """The members of a cohort in one round. Everything random is drawn here, outside ``vmap``.
 
-    asked: whether a member was asked for its update before the round, to lead it.
+    own: what each member is sent, where a malicious server does not send all the same; the executor then takes them one
+    after another. asked: whether a member was asked for its update before the round, to lead it.
     """
 
-    def __init__(self, rules: Rules, server: Server, states: Mapping[int, State], cohort: Cohort) -> None:
-        self.rules, self.server, self.states, self.cohort = rules, server, states, cohort
+    def __init__(
+        self, rules: Rules, server: Server, states: Mapping[int, State], cohort: Cohort, own: Own | None = None
+    ) -> None:
+        self.rules, self.server, self.states, self.cohort, self.own = rules, server, states, cohort, own
         self.asked = False
 
     def announce(self) -> Shared:
@@ -40,7 +46,7 @@ class Clients:
         self.asked = True
 
         def unprotected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            _, result = self._work(inputs, counts, self.rules.defense, {})
+            _, result = self._work(inputs, counts, self.rules.defense, {}, self._sent([member]))
             return ClientOutputs(result.update, result.buffers, inputs.state, result.loss)
 
         outputs = self._map(unprotected, [member])
@@ -48,11 +54,12 @@ class Clients:
 
     def run(self, chunk: Sequence[int], shared: Shared) -> ClientOutputs:
         """A chunk's protected updates [k, ...]."""
+        params = self._sent(chunk)
 
         def protected(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
             # one for each client: what it sees of a client's gradients is nobody else's
             informed = self.rules.defense.informed(shared)
-            client, (update, buffers, loss) = self._work(inputs, counts, informed, shared)
+            client, (update, buffers, loss) = self._work(inputs, counts, informed, shared, params)
             client = client._replace(seen=informed.seen())
             sent, state = self.rules.defense.protect(update, client, inputs.state, shared, inputs.noise)
             return ClientOutputs(sent, buffers, state, loss)
@@ -60,16 +67,23 @@ class Clients:
         return self._map(protected, chunk)
 
     def _work(
-        self, inputs: ClientInputs, counts: Sequence[int] | None, gradients: Defense, shared: Shared
+        self, inputs: ClientInputs, counts: Sequence[int] | None, gradients: Defense, shared: Shared, params: Params
     ) -> tuple[Client, LocalResult]:
-        """What one client starts from and trains on, and what its local work with these gradients gives."""
+        """What one client that is sent ``params`` starts from and trains on, and what its local work with these
+        gradients gives."""
         rules = self.rules
         batch = rules.defense.transform(inputs.batch, inputs.noise)
         local = rules.local.at(self.cohort.round_index)
-        told = Client(rules.victim, self.server.params, inputs.buffers, batch, learning_rate=local.learning_rate)
+        told = Client(rules.victim, params, inputs.buffers, batch, learning_rate=local.learning_rate)
         client = told._replace(params=rules.defense.start(told, inputs.state, shared))
         result = local.run(rules.victim, gradients, client.params, inputs.buffers, batch, inputs.noise, counts)
         return client, result
+
+    def _sent(self, chunk: Sequence[int]) -> Params:
+        if self.own is None:
+            return self.server.params
+        [member] = chunk
+        return self.own(member)
 
     def _map(self, work: ClientWork, chunk: Sequence[int]) -> ClientOutputs:
         cohort, params, defense, seed = self.cohort, self.server.params, self.rules.defense, self.rules.seed

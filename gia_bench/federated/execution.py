@@ -11,7 +11,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from gia_bench.data.cohort import Cohort
-from gia_bench.errors import ConfigError
+from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Buffers, Noise, State, Update
 
 
@@ -101,3 +101,11 @@ class Vmap:
         counts = shapes.pop() if len(shapes) == 1 else None
         mapped: ClientOutputs = vmap(lambda one: work(one, counts))(inputs)
         return mapped
+
+
+def executor(kind: str, chunk_size: int) -> Executor:
+    """``vmap`` or ``loop``; a loop needs no ``chunk_size``. Raises ``ConfigError`` for another name."""
+    made: dict[str, Executor] = {"vmap": Vmap(chunk_size=chunk_size), "loop": Loop()}
+    if kind not in made:
+        raise ConfigError(choices("fl.executor.kind", kind, made))
+    return made[kind]

@@ -103,6 +103,11 @@ def _check_batch_size(batch_size: int | None, num_examples: int, client: int) ->
     return batch_size or num_examples
 
 
+def _check_positive(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"fl.local.batch_size={batch_size}: give at least 1, or null for all.")
+
+
 class _Walk(NamedTuple):
     """Where local SGD stands: weights, momentum, buffers, and what each step found."""
 
@@ -124,8 +129,7 @@ class FedSGD:
     batch_size: int | None = 8
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"fl.local.batch_size={self.batch_size}: give at least 1, or null for all.")
+        _check_positive(self.batch_size)
 
     @property
     def learning_rate(self) -> float | None:
@@ -199,6 +203,7 @@ class FedAvg:
                 f"fl.local needs at least one step and a positive learning rate, got epochs={self.epochs}, "
                 f"steps={self.steps}, learning_rate={self.learning_rate}."
             )
+        _check_positive(self.batch_size)
 
     def at(self, round_index: int) -> LocalWork:
         """The learning rate after the milestones that have passed."""

@@ -64,6 +64,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_storage(self.client_states)
+        if isinstance(self.executor, str):
+            raise ConfigError(f"fl.executor={self.executor}: choose it with fl.executor.kind={self.executor}.")
         object.__setattr__(self, "attack_rounds", tuple(sorted(set(self.attack_rounds))))
         if self.rounds < 1 or self.eval_every < 1:
             raise ConfigError(f"fl.rounds={self.rounds} and fl.eval_every={self.eval_every}: both must be at least 1.")

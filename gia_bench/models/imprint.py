@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,28 @@ from gia_bench.errors import IncompatibleError
 IMPRINT = "imprint"
 """The name of the layer in the model that is sent; the model's own tensors keep theirs."""
 WEIGHT, BIAS = f"{IMPRINT}.weight", f"{IMPRINT}.bias"
+KERNELS = f"{IMPRINT}.sets.weight"
+"""Of a layer behind ``IdentitySets``: their kernels."""
+
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def unit_band(values: Tensor) -> Tensor:
+    """Clamped to [0, 1]: a row is on only while it is inside."""
+    return values.clamp(0, 1)
 
 
 @final
 class AddMean(nn.Module):
-    """Adds the mean over the rows to every pixel ("addition"): the model still sees the image."""
+    """Adds gain * the mean over the rows to every pixel ("addition"): the model still sees the image."""
+
+    def __init__(self, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = gain
 
     def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
         """images [B, C, H, W], hidden [B, K] -> [B, C, H, W]."""
-        return images + hidden.mean(-1).view(-1, *[1] * (images.ndim - 1))
+        return images + self.gain * hidden.mean(-1).view(-1, *[1] * (images.ndim - 1))
 
 
 @final
@@ -39,19 +53,50 @@ class Spread(nn.Module):
 
 
 @final
-class ImprintBlock(nn.Module):
-    """relu(weight x + bias) on the flattened image, handed on so that every row that an image switches on gets the same
-    gradient from it. weight: [K, N], bias: [K], N = C * H * W; connection: (images, hidden [B, K]) -> images.
+class IdentitySets(nn.Module):
+    """3x3 kernels, copies * C + 1 for each of ``num_sets`` clients (identity mapping sets, Zhao et al., S&P 2024).
+
+    Those of the set ``active`` hand every channel of the image on, ``copies`` times, times ``scale``, and a last one
+    gives ``scale`` everywhere. The others are 0, and nothing of the image reaches what they lead to.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, connection: nn.Module) -> None:
+    def __init__(self, num_sets: int, channels: int, copies: int, active: int, scale: float) -> None:
+        super().__init__()
+        of_set = copies * channels + 1
+        weight, bias = torch.zeros(num_sets, of_set, channels, 3, 3), torch.zeros(num_sets, of_set)
+        for repeat in range(copies):
+            weight[active, range(repeat * channels, (repeat + 1) * channels), range(channels), 1, 1] = scale
+        bias[active, -1] = scale
+        self.weight, self.bias = nn.Parameter(weight.flatten(0, 1)), nn.Parameter(bias.flatten())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, C, H, W] -> [B, num_sets * (copies * C + 1), H, W]."""
+        return nn.functional.conv2d(images, self.weight, self.bias, padding=1)
+
+
+@final
+class ImprintBlock(nn.Module):
+    """activation(weight x + bias) on the flattened image, handed on so that every row that an image switches on gets
+    the same gradient from it. weight: [K, N], bias: [K], N = C * H * W; connection: (images, hidden [B, K]) -> images;
+    sets: what the image goes through before the layer, with N outputs in all, or None.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        connection: nn.Module,
+        activation: Activation = torch.relu,
+        sets: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-        self.connection = connection
+        self.connection, self.sets, self.activation = connection, sets, activation
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W], as the model would see them, to what it sees instead."""
-        hidden = nn.functional.linear(images.flatten(1), self.weight, self.bias).relu()
+        seen = images if self.sets is None else self.sets(images)
+        hidden = self.activation(nn.functional.linear(seen.flatten(1), self.weight, self.bias))
         result: Tensor = self.connection(images, hidden)
         return result
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from gia_bench.attacks.base import Attack, Broadcast
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import NonFiniteError
+from gia_bench.federated.clients import Own
+from gia_bench.federated.execution import Loop
 from gia_bench.federated.round import play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import derive
 from gia_bench.threat import Knowledge, Power, ThreatModel
-from gia_bench.values import Examples, State, Transcript
+from gia_bench.values import Examples, Params, State, Transcript
 
 
 @final
@@ -48,25 +51,48 @@ def play_malicious_round(
     residuals and draw the same random numbers as in the honest round. Those who are not observed take part only where
     that can be seen: in an aggregate, or where the defense has a leader among them. The defense announces anew, on the
     malicious model, and is calibrated on it where the model changed; what it remembers by the name of a tensor stays,
-    and for tensors that the attacker added it begins. A client whose update is not finite is dropped. Mutates nothing.
+    and for tensors that the attacker added it begins. Where the attack sends each client its own values, clients are
+    computed one after another in the same round: so a leader's announcement, secure aggregation and dropouts stay what
+    they are, which single rounds of one client each would not have. A client whose update is not finite is dropped.
+    Mutates nothing.
     """
     server, states = before
     seed = derive(rules.seed, "tamper", name, cohort.round_index)
     shown = public if Knowledge.PUBLIC in threat.knows else None
-    sent = attack.tamper(Broadcast(rules.victim, server.params, server.buffers), seed=seed, public=shown)
-    defense = rules.defense.calibrate(sent.victim, public) if Power.CHANGE_MODEL in attack.needs else rules.defense
-    if threat.sees_clients and not _announces(defense):
+    if threat.sees_clients and not _announces(rules.defense):
         cohort = _only(cohort, observed)
+    honest, num_clients = Broadcast(rules.victim, server.params, server.buffers), len(cohort.clients)
+
+    def own(member: int) -> Params:
+        return attack.tamper_for(honest, member, num_clients, seed=seed, public=shown).params
+
+    if attack.personal:
+        sent = attack.tamper_for(honest, 0, num_clients, seed=seed, public=shown)
+        sent = sent._replace(params=_mean(own, num_clients))
+        rules = dataclasses.replace(rules, executor=Loop())
+    else:
+        sent = attack.tamper(honest, seed=seed, public=shown)
+    defense = rules.defense.calibrate(sent.victim, public) if Power.CHANGE_MODEL in attack.needs else rules.defense
     malicious = dataclasses.replace(rules, victim=sent.victim, defense=defense, on_nonfinite="drop_client")
     begun = defense.init_client(sent.params)
-    own = Server(sent.params, sent.buffers, _carried(server.defense, defense.init_server(sent.params)))
+    begins = Server(sent.params, sent.buffers, _carried(server.defense, defense.init_server(sent.params)))
     known = {c: _carried(state, begun) for c, state in states.items()}
     try:
         with torch.no_grad():
-            played = play_round(malicious, own, known, cohort, observed=observed)
+            played = play_round(
+                malicious, begins, known, cohort, observed=observed, own=own if attack.personal else None
+            )
     except NonFiniteError:
         return MaliciousRound(victim=sent.victim, defense=defense, transcript=None, dropped=cohort.clients)
     return MaliciousRound(victim=sent.victim, defense=defense, transcript=played.transcript, dropped=played.dropped)
+
+
+def _mean(own: Own, num_clients: int) -> Params:
+    mean: dict[str, Tensor] = dict(own(0))
+    for member in range(1, num_clients):
+        # so that what is the same for all stays as it is, to the last bit
+        mean = {k: mean[k] + (v - mean[k]) / (member + 1) for k, v in own(member).items()}
+    return mean
 
 
 def _announces(defense: Defense) -> bool:

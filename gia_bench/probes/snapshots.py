@@ -45,8 +45,11 @@ class FileSnapshots:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError as error:
-            raise StorageError(f"The attack's state cannot be saved to {path}: {error.strerror}.") from error
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            raise StorageError(
+                f"The attack's state cannot be saved to {path} ({error}). Free some space; the same command goes on "
+                "from what was saved before."
+            ) from error
         self._last = time.monotonic()
 
     def clear(self) -> None:

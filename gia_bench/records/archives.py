@@ -1,4 +1,4 @@
-"""Whether a file that ``torch.save`` wrote is whole."""
+"""Files that ``torch.save`` writes: whether one is whole, and whether writing one failed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def whole(path: Path) -> bool:
     except _DAMAGED:
         return False
     return True
+
+
+def write_failed(error: Exception) -> bool:
+    """Whether ``torch.save`` ran out of space, which it reports as a ``RuntimeError`` of its archive's writer."""
+    return isinstance(error, OSError) or any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
 
 
 def _plain(member: zipfile.ZipInfo) -> bool:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gia_bench.conf_path import CONF
+from gia_bench.errors import GiaBenchError
 from gia_bench.records.runs import write_atomic
 from gia_bench.report.figures import FigureSpec
 from gia_bench.report.render import to_csv, to_markdown, to_rich, wide_enough
@@ -51,8 +52,11 @@ def _png(figure: Figure) -> bytes:
 def _hydra_main(cfg: DictConfig) -> None:
     made = instantiate(cfg, _convert_="all")
     figures = cast("list[FigureSpec]", list(made["figure"].values()))
-    for path in report([Path(folder) for folder in made["runs"]], made.get("table"), figures, Path(made["output"])):
-        print(path)
+    try:
+        written = report([Path(folder) for folder in made["runs"]], made.get("table"), figures, Path(made["output"]))
+    except GiaBenchError as error:
+        raise SystemExit(f"gia-bench-report: {error}") from error
+    print(*written, sep="\n")
 
 
 def _choices(group: str) -> str:

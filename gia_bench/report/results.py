@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, final
 
 import pandas as pd
+import yaml
 
+from gia_bench.conf_path import CONF
 from gia_bench.errors import ConfigError, GiaBenchError, StorageError, choices
 from gia_bench.records.runs import Run, find_runs
 from gia_bench.records.schema import KEYS
@@ -68,6 +70,14 @@ class Results:
             frame = frame[applies | frame[key].isna()] if key in KEYS else frame[applies]
         return Results({run_id: self.runs[run_id] for run_id in frame["run_id"].unique()}, frame)
 
+    def without(self, run_ids: Iterable[str]) -> Results:
+        """All other runs and their records."""
+        gone = set(run_ids)
+        return Results(
+            {run_id: run for run_id, run in self.runs.items() if run_id not in gone},
+            self.frame[~self.frame["run_id"].isin(gone)],
+        )
+
     def differences(self, run_ids: Iterable[str], attacks: Collection[str] = ()) -> dict[str, list[Any]]:
         """Settings in which runs differ -> their values, but for the seed and what leaves numbers alone.
 
@@ -103,7 +113,7 @@ class Results:
 
     def _setting(self, key: str) -> dict[str, Any]:
         found = {run_id: _lookup(run.config, key) for run_id, run in self.runs.items()}
-        if all(value is None for value in found.values()):
+        if all(value is None for value in found.values()) and not _in_some_choice(key):
             raise ConfigError(choices("key", key, [*KEYS, "a setting such as defense.k1"]))
         return {run_id: str(value) if isinstance(value, (list, dict)) else value for run_id, value in found.items()}
 
@@ -134,6 +144,13 @@ def _lookup(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
+
+
+def _in_some_choice(key: str) -> bool:
+    """Whether a choice of the group that ``key`` begins with has this setting, although no run here does."""
+    group, _, setting = key.partition(".")
+    files = (CONF / group).glob("*.yaml")
+    return bool(setting) and any(_lookup(yaml.safe_load(file.read_text()), setting) is not None for file in files)
 
 
 def _leaves(node: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:

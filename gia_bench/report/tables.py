@@ -56,7 +56,7 @@ class Column:
 class TableSpec:
     """rows: the keys that make a row, of a record or dotted paths into the config; columns: by a name of their own;
     control: what the row without a defense has, None for tables without a control; baseline: metric -> the metric that
-    the control has to beat in the median for its rows to say anything; filters: key -> value or values.
+    the control has to beat in the median for its rows to say anything (None: none); filters: key -> value or values.
     """
 
     name: str
@@ -64,7 +64,7 @@ class TableSpec:
     rows: Sequence[str]
     columns: Mapping[str, Column]
     control: Mapping[str, Any] | None = None
-    baseline: Mapping[str, str] = field(default_factory=dict)
+    baseline: Mapping[str, str] | None = field(default_factory=dict)
     filters: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,9 +95,16 @@ class Table:
 def build(spec: TableSpec, results: Results) -> Table:
     """Fill ``spec`` from ``results``.
 
-    Raises ``MissingCellError`` with the command to run where a row has no undefended control or a cell no record, and
-    ``ConfigError`` where a cell would pool runs of different conditions.
+    A run that did not end contributes nothing but a note. Raises ``MissingCellError`` with the command to run where a
+    row has no undefended control or a cell no record, and ``ConfigError`` where a cell would pool runs of different
+    conditions.
     """
+    left_out = [run for run in results.runs.values() if run.status["state"] != "done"]
+    notes = [f"run {run.run_id} is left out ({run.status['state']}): {run.status['reason']}" for run in left_out]
+    if len(left_out) == len(results.runs):
+        command = results.command(left_out[0].run_id)
+        raise MissingCellError(f"table {spec.name}: no run has ended; {notes[0]}. To go on with it: {command}")
+    results = results.without(run.run_id for run in left_out)
     chosen = results.where(spec.filters, spec.rows)
     rows = _rows(spec, chosen)
     if not rows:
@@ -106,8 +113,6 @@ def build(spec: TableSpec, results: Results) -> Table:
             "'attack=[inverting_gradients]' defense=none"
         )
     filled = [(tuple(row.values()), _cells(spec, chosen, row, rows)) for row in rows]
-    idle = [run for run_id, run in results.runs.items() if run_id not in set(results.frame["run_id"])]
-    notes = [f"run {run.run_id} ({run.status['state']}): {run.status['reason']}" for run in idle]
     return Table(spec=spec, rows=tuple(filled), notes=tuple(notes))
 
 
@@ -137,7 +142,7 @@ def _cells(spec: TableSpec, results: Results, row: dict[str, Any], rows: list[di
     cells = {name: _cell(spec, results, own, row, column) for name, column in spec.columns.items()}
     attacks = _attacks(row)
     theirs = frame[frame["run_id"].isin(controls) & frame["attack"].isin(attacks)]
-    doubt = failed_control(theirs, spec.baseline, ", ".join(attacks))
+    doubt = failed_control(theirs, spec.baseline or {}, ", ".join(attacks))
     return {name: _doubted(cell, spec.columns[name], doubt) for name, cell in cells.items()}
 
 

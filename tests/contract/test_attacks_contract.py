@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from attack_problems import Problem, problem
+from generator_problems import Held, dcgan
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from gia_bench.attacks.adaptive import Likelihood, Withheld
 from gia_bench.attacks.analytic import Analytic
 from gia_bench.attacks.april import April
+from gia_bench.attacks.april_optimized import WithPositions, april_optimized
+from gia_bench.attacks.auxiliary_mean import AuxiliaryMean
 from gia_bench.attacks.base import Attack, Broadcast
 from gia_bench.attacks.batch_norm import RunningStatistics
 from gia_bench.attacks.compensating import Compensating
@@ -25,8 +28,13 @@ from gia_bench.attacks.cpl import cpl
 from gia_bench.attacks.curious_abandon_honesty import CuriousAbandonHonesty
 from gia_bench.attacks.distances import Cosine, Euclidean
 from gia_bench.attacks.dlg import dlg
+from gia_bench.attacks.feature_fishing import FeatureFishing
 from gia_bench.attacks.fishing import ClassFishing
 from gia_bench.attacks.forces import Langevin
+from gia_bench.attacks.generative import Generative
+from gia_bench.attacks.ggl import GGL
+from gia_bench.attacks.gias import GIAS
+from gia_bench.attacks.gifd import GIFD
 from gia_bench.attacks.graddefense import dga, gia
 from gia_bench.attacks.gradinversion import PRIORS, gradinversion
 from gia_bench.attacks.idlg import idlg
@@ -35,6 +43,8 @@ from gia_bench.attacks.initial import Patterned
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.joint import AllRounds, JointRounds
 from gia_bench.attacks.lbfgs import LBFGS
+from gia_bench.attacks.learned_inverter import LearnedInverter
+from gia_bench.attacks.loki import Loki
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.one_at_a_time import OneAtATime
@@ -48,6 +58,7 @@ from gia_bench.attacks.wrapped import Layers
 from gia_bench.conf_path import CONF
 from gia_bench.data.source import InMemory
 from gia_bench.defenses.none import NoDefense
+from gia_bench.generators.load import Saved
 from gia_bench.models.mlp import mlp
 from gia_bench.models.vit import vit_april
 from gia_bench.seeding import derive
@@ -57,6 +68,8 @@ from gia_bench.values import Batch, Observation
 PRESETS: dict[str, Callable[[], Attack]] = {
     "analytic": Analytic,
     "april": April,
+    "april_optimized": april_optimized,
+    "auxiliary_mean": AuxiliaryMean,
     "class_fishing": lambda: ClassFishing(
         attack=inverting_gradients(
             steps=1_000,
@@ -70,9 +83,20 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     "dga": dga,
     "dga_muted": lambda: dga(distance=Layers(distance=Euclidean())),
     "dlg": dlg,
+    "feature_fishing": lambda: FeatureFishing(
+        attack=inverting_gradients(
+            steps=1_000,
+            optimizer=Adam(lr=0.1, transform=SoftSign()),
+            initial=Patterned(width=4),
+            snapshot_every=250,
+        )
+    ),
     "gia": gia,
     "gia_compensating": lambda: Compensating(attack=gia()),
     "gia_muted": lambda: gia(distance=Layers(distance=Cosine())),
+    "ggl": lambda: GGL(generator=Saved(path=None)),
+    "gias": lambda: GIAS(generator=Saved(path=None)),
+    "gifd": lambda: GIFD(generator=Saved(path=None)),
     "gradinversion": gradinversion,
     "gradinversion_dgp_paper": lambda: gradinversion(
         restarts=1,
@@ -94,6 +118,8 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     ),
     "inverting_gradients_joint": lambda: JointRounds(attack=inverting_gradients(steps=4_800, replay=AllRounds())),
     "inverting_gradients_fast": lambda: inverting_gradients(steps=1_000, snapshot_every=250),
+    "learned_inverter": LearnedInverter,
+    "loki": Loki,
     "rgap": RGAP,
     "robbing_the_fed": RobbingTheFed,
     "robbing_the_fed_dgp_paper": lambda: RobbingTheFed(bins=Normal(), keep="smallest", tolerance=0.0),
@@ -136,6 +162,12 @@ def short(file: Path) -> Attack:
     attack = built(file)
     if isinstance(attack, Compensating | JointRounds) and isinstance(attack.attack, GradientMatching):
         return dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, steps=2))
+    if isinstance(attack, Generative):
+        return shorter(attack)
+    if isinstance(attack, LearnedInverter):
+        return dataclasses.replace(attack, epochs=2, hidden=8)
+    if isinstance(attack, FeatureFishing):  # of one example, all are to be fished
+        return dataclasses.replace(attack, share=1.0, attack=dataclasses.replace(attack.attack, steps=2))
     if isinstance(attack, ClassFishing):
         return dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, steps=2))
     if isinstance(attack, Standard):
@@ -144,15 +176,30 @@ def short(file: Path) -> Attack:
     return dataclasses.replace(attack, steps=2) if isinstance(attack, GradientMatching) else attack
 
 
+def shorter(attack: Generative) -> Generative:
+    """With a generator, which no preset has, and few steps."""
+    attack = dataclasses.replace(attack, generator=Held(dcgan()))
+    if isinstance(attack, GGL):
+        return dataclasses.replace(attack, evolution=dataclasses.replace(attack.evolution, generations=2))
+    if isinstance(attack, GIAS):
+        return dataclasses.replace(attack, steps=2, tuning_steps=2)
+    assert isinstance(attack, GIFD)
+    return dataclasses.replace(attack, steps=2)
+
+
 def observed(attack: Attack) -> Problem:
     """Two victims that fit the attack, and everything it may ask to see."""
     # tanh: of six ReLU units all may be dead
     net = mlp((1, 8, 8), 4, hidden=(6,), activation="tanh") if isinstance(attack, Analytic) else None
-    if isinstance(attack, April):
+    looks_at_positions = isinstance(attack, GradientMatching) and isinstance(attack.distance, WithPositions)
+    if isinstance(attack, April) or looks_at_positions:
         net = vit_april((1, 8, 8), 4, dim=16)
     p = problem(2, module=net, dtype=torch.float64)
     if attack.needs:
         return tampered(attack, p)
+    if Knowledge.PUBLIC in attack.requires:
+        public = InMemory(*_pictures(problem(16)))
+        p = dataclasses.replace(p, observations=[dataclasses.replace(o, public=public) for o in p.observations])
     if Knowledge.DEFENSE in attack.requires:
         p = dataclasses.replace(p, observations=[dataclasses.replace(o, defense=NoDefense()) for o in p.observations])
     if Knowledge.LABELS not in attack.requires:
@@ -202,7 +249,7 @@ def test_an_attack_returns_one_finite_reconstruction_per_observation_in_order(fi
     attack = short(file)
     p = observed(attack)
     shown = Knowledge.NUM_EXAMPLES | Knowledge.LABELS | Knowledge.BUFFERS | Knowledge.SHARED | Knowledge.DEFENSE
-    assert not attack.requires & ~(shown | Knowledge.PUBLIC if attack.needs else shown)
+    assert not attack.requires & ~(shown | Knowledge.PUBLIC)
     before = pickle.dumps([o.update for o in p.observations])
     found = attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
     assert len(found) == 2

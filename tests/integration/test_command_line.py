@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,18 @@ BAD = {
     "unknown key": (["defense=dgp", "defense.k3=0.1"], "k1"),
     "unknown fl key": (["fl.batchsize=3"], "clients_per_round"),
     "added key": (["+defense.k3=0.1", "defense=dgp"], "k3"),
-    "wrong type": (["fl.rounds=many"], "fl"),
+    "unknown attack": (["attack=[foo]", "~attack.inverting_gradients_fast"], "inverting_gradients_dgp_paper"),
+    "wrong type": (["fl.rounds=many"], "fl.rounds='many': give a whole number"),
+    "half a round": (["fl.rounds=2.5"], "fl.rounds=2.5: give a whole number"),
+    "half a client": (["partition.num_clients=2.5"], "partition.num_clients=2.5"),
+    "a number where a list belongs": (["fl.attack_rounds=3"], "such as [0,10]"),
+    "steps that are a word": (["attack.inverting_gradients_fast.steps=abc"], "steps='abc': give a whole number"),
+    "no batch": (["fl=fedavg", "fl.local.batch_size=0"], "fl.local.batch_size=0"),
+    "a switch that is a word": (["force=no"], "force='no': give true or false"),
+    "unknown executor": (["fl.executor.kind=map"], "vmap"),
+    "an executor without its key": (["fl.executor=loop"], "fl.executor.kind=loop"),
+    "more attacked than play": (["fl.attack_clients=99"], "fl.attack_clients=99"),
+    "a launcher that is not installed": (["launcher=ray"], "gia-bench[ray]"),
     "everything pruned": (["defense=dgp", "defense.k1=0.5", "defense.k2=0.5"], "k1"),
     "batch too large": (["fl.local.batch_size=5000"], "holds only"),
     "more clients than data": (["partition.num_clients=100000"], "num_clients"),
@@ -118,6 +130,7 @@ BAD = {
     "absent data": (["dataset=mnist", "dataset.download=false", "paths.data=/nowhere"], "/nowhere"),
     "wrong number of classes": (["model.network._target_=nowhere.Model"], "nowhere"),
     "unwritable outputs": (["paths.outputs=/proc/gia"], "/proc/gia"),
+    "outputs below a file": (["paths.outputs=/etc/hostname/x"], "paths.outputs="),
     "a group set to null": (["experiment=null"], "A group takes a choice"),
     "settings without their attack": (["+attack.dlg.steps=5"], "~attack.dlg"),
     "no GPU": (["trainer.accelerator=gpu"], "gpu"),
@@ -203,6 +216,22 @@ def test_a_full_disk_is_a_sentence_and_what_was_written_stays(tmp_path: Path) ->
     frame = records(tmp_path)
     assert set(frame["round"]) == {0}
     assert (frame.metric == "psnr_db").any()
+
+
+@pytest.mark.parametrize("kilobytes", [18, 19, 100])
+def test_a_disk_that_is_full_for_a_state_is_a_sentence(kilobytes: int, tmp_path: Path) -> None:
+    """18, 19: while an attack saves its state, in the archive's header or after it; 100: the training's checkpoint."""
+    import resource
+
+    size = kilobytes * 1024
+    states = ["attack.inverting_gradients_fast.snapshot_every=1", "trainer.snapshot_every_seconds=0"]
+    done = gia_bench(
+        tmp_path, *SMALL, "fl.attack_rounds=[0]", *(states if kilobytes < 100 else []),
+        before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert "Free some space" in done.err
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:

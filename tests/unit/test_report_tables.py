@@ -207,7 +207,7 @@ def test_a_missing_cell_names_its_run_and_the_command(tmp_path: Path) -> None:
     assert "defense=none, attack=dlg has no test_accuracy. Its run ra is done." in str(done.value)
     assert str(done.value).endswith("gia-bench seed=0 force=true")
     write_status(folder, "failed", "killed")
-    with pytest.raises(MissingCellError, match=r"Its run ra is failed \(killed\)\..*gia-bench seed=0$"):
+    with pytest.raises(MissingCellError, match=r"run ra is left out \(failed\): killed\..*gia-bench seed=0$"):
         _table(tmp_path, column)
 
 
@@ -220,7 +220,19 @@ def test_runs_without_an_attack_make_no_leakage_table(tmp_path: Path) -> None:
 def test_a_skipped_run_is_told_below_the_table(tmp_path: Path) -> None:
     make_run(tmp_path, "ra")
     write_status(tmp_path / "made" / "rx", "skipped", "adgp needs a leader")
-    assert "run rx (skipped): adgp needs a leader" in to_markdown(_table(tmp_path))
+    assert "run rx is left out (skipped): adgp needs a leader" in to_markdown(_table(tmp_path))
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_half_a_run_is_told_below_the_table_and_never_averaged(tmp_path: Path, state: Any) -> None:
+    make_run(tmp_path, "ra")
+    whole = to_markdown(_table(tmp_path))
+    half = make_run(tmp_path, "rb", seed=1, rounds=(0,), leave_out=("ssim",))
+    write_status(half, state, "killed in round 0")
+    text = to_markdown(_table(tmp_path))
+    assert f"run rb is left out ({state}): killed in round 0" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows == [line for line in whole.splitlines() if line.startswith("|")]
 
 
 def test_runs_of_different_settings_are_never_averaged(tmp_path: Path) -> None:

@@ -189,22 +189,24 @@ def test_noise_and_states_do_not_depend_on_how_clients_are_batched() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Broken(Defense):
-    """Sends NaN for the client whose batch has the smallest mean, here client 2 alone."""
+    """Sends NaN, or another value, for the client whose batch has the smallest mean, here client 2 alone."""
 
     threshold: float
+    value: float = torch.nan
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         bad = client.batch.inputs.mean() < self.threshold
-        return {k: torch.where(bad, torch.nan, v) for k, v in update.items()}, state
+        return {k: torch.where(bad, self.value, v) for k, v in update.items()}, state
 
 
-def test_a_nonfinite_update_names_client_and_round_or_drops_the_client() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_nonfinite_update_names_client_and_round_or_drops_the_client(value: float) -> None:
     model, local = victim(), FedSGD(batch_size=4)
     means = [float(cohort(local).batch([m]).inputs.mean()) for m in range(len(SIZES))]
     culprit = means.index(min(means))
-    defense = _Broken(sorted(means)[0] + 1e-9)
+    defense = _Broken(sorted(means)[0] + 1e-9, value)
     with pytest.raises(NonFiniteError, match=rf"Client {culprit} sent NaN or infinity in round 0 \(in 0\.weight"):
         play(model, local, Vmap(chunk_size=2), defense=defense)
     dropped = play(model, local, Vmap(chunk_size=2), defense=defense, on_nonfinite="drop_client")
@@ -216,6 +218,15 @@ def test_a_nonfinite_update_names_client_and_round_or_drops_the_client() -> None
     torch.testing.assert_close(dropped.aggregate, mean)
     with pytest.raises(NonFiniteError, match="no client sent a finite update"):
         play(model, local, Loop(), defense=_Broken(1e9), on_nonfinite="drop_client")
+
+
+def test_buffers_that_are_not_finite_count_as_the_update() -> None:
+    model, local = victim(batch_norm=True), FedSGD(batch_size=4)
+    params, buffers = model.initial()
+    spoilt = {k: torch.full_like(v, torch.nan) if "var" in k else v for k, v in buffers.items()}
+    rules = Rules(victim=model, defense=NoDefense(), local=local, executor=Loop(), seed=3)
+    with pytest.raises(NonFiniteError, match=r"buffer \S*running_var"):
+        play_round(rules, Server(params, spoilt, {}), {}, cohort(local))
 
 
 def test_an_error_in_the_loop_names_the_client() -> None:

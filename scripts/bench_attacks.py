@@ -1,0 +1,189 @@
+"""Attacks: batched against one at a time, and beside breaching on the same victims, settings and threads.
+
+Cosine distance + total variation in breaching's scale, signed Adam, images kept in their range, labels known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import bench_breaching as peer
+import torch
+from bench_parts import DEVICE, images, observed, photographs, seconds, victim
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
+from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.matching import GradientMatching
+from gia_bench.attacks.priors import PaddedTotalVariation
+from gia_bench.metrics.images import psnr_db
+from gia_bench.models.convnet import convnet
+from gia_bench.models.functional import Victim
+from gia_bench.models.lenet import lenet_zhu
+from gia_bench.models.resnet import resnet
+from gia_bench.values import Observation
+
+ABSENT = "breaching is not installed: pip install 'gia-bench[bench]'"
+
+
+def matching(steps: int, weight: float, restarts: int = 1, arithmetic: Arithmetic = PLAIN) -> GradientMatching:
+    return inverting_gradients(
+        steps=steps, restarts=restarts, labels="known", priors={"tv": PaddedTotalVariation(weight=weight)},
+        arithmetic=arithmetic, snapshot_every=steps,
+    )  # fmt: skip
+
+
+def ours(attack: GradientMatching, model: Victim, seen: list[Observation]) -> Callable[[], object]:
+    return lambda: attack.reconstruct_many(seen, model, seeds=list(range(len(seen))))
+
+
+def theirs(steps: int, weight: float, model: Victim, seen: list[Observation]) -> Callable[[], object]:
+    return lambda: [peer.reconstruct(model, o, steps, weight, seed) for seed, o in enumerate(seen)]
+
+
+def noise(model: Victim, count: int) -> list[Observation]:
+    source = images(count)
+    return observed(model, source.images(torch.arange(count)), source.labels)
+
+
+def bench_attack(table: Table, victims: int = 64, steps: int = 50) -> None:
+    """DLG's LeNet: one victim, its restarts, many victims, and breaching one by one."""
+    model, weight = victim(lenet_zhu), 1e-4
+    seen = noise(model, victims)
+    one = seconds(ours(matching(steps, weight), model, seen[:1]), repeats=3) / steps
+    four = seconds(ours(matching(steps, weight, restarts=4), model, seen[:1]), repeats=3) / steps
+    many = seconds(ours(matching(steps, weight), model, seen), repeats=3) / steps / victims
+    name = "gradient matching, DLG-LeNet, cosine + TV"
+    table.add_row(f"{name}: 1 victim", f"{1e3 * one:.2f} ms/step", "1.0x")
+    table.add_row("the same with 4 restarts at once", f"{1e3 * four:.2f} ms/step", f"{four / one:.2f}x the time")
+    table.add_row(
+        f"the same with {victims} victims at once", f"{1e3 * many:.2f} ms/victim and step", f"{one / many:.1f}x faster"
+    )
+    if peer.installed() is None:
+        table.add_row("the same by breaching", ABSENT, "")
+        return
+    theirs(steps, weight, model, seen[:1])()  # its imports, and what it compiles at first
+    single = seconds(theirs(steps, weight, model, seen), repeats=1, warm=False) / steps / victims
+    table.add_row(
+        f"breaching {peer.installed()}, the same {victims} victims one by one",
+        f"{1e3 * single:.2f} ms/victim and step",
+        f"ours {single / many:.1f}x faster",
+    )
+
+
+def bench_convnet(table: Table, steps: int = 10) -> None:
+    """ConvNet64, one victim: the time, and how near it is to what the machine can multiply and add."""
+    a = torch.rand(2048, 2048, device=DEVICE)
+    products = 2 * 2048**3 / seconds(lambda: a @ a) / 1e9
+    x, w = torch.rand(1, 256, 32, 32, device=DEVICE), torch.rand(256, 256, 3, 3, device=DEVICE)
+    convolutions = 2 * 256 * 256 * 9 * 32 * 32 / seconds(lambda: torch.conv2d(x, w, padding=1), repeats=21) / 1e9
+    table.add_row("this machine: a matrix product (2048)", f"{products:.0f} GFLOP/s", "")
+    table.add_row("this machine: ConvNet64's largest convolution, one image", f"{convolutions:.0f} GFLOP/s", "")
+    for training in (False, True):
+        model = victim(convnet, init="default", normalize=True, training=training)
+        seen, weight = noise(model, 1), 1e-4
+        counter = FlopCounterMode(display=False)
+        with counter:
+            ours(matching(1, weight), model, seen)()
+        work = counter.get_total_flops() / 2 / 1e9  # one step, and one look at its result
+        mine, other = [], []
+        for _ in range(3 if peer.installed() else 0):  # by turns, so that a change of the machine hits both
+            mine.append(seconds(ours(matching(steps, weight), model, seen), repeats=1) / (steps + 1))
+            other.append(seconds(theirs(steps, weight, model, seen), repeats=1) / (steps + 1))
+        took = median(mine or [seconds(ours(matching(steps, weight), model, seen), repeats=3) / (steps + 1)])
+        mode = "training" if training else "evaluation"
+        table.add_row(
+            f"ConvNet64 ({mode} mode), one victim: {work:.1f} GFLOP a step",
+            f"{1e3 * took:.0f} ms/step",
+            f"{work / took:.0f} GFLOP/s, {100 * work / took / convolutions:.0f}% of the convolution's",
+        )
+        if other:
+            single = median(other)
+            table.add_row(
+                f"breaching {peer.installed()}, the same", f"{1e3 * single:.0f} ms/step",
+                f"ours {single / took:.2f}x faster",
+            )  # fmt: skip
+        else:
+            table.add_row("the same by breaching", ABSENT, "")
+
+
+def bench_quality(table: Table, victims: int = 8, steps: int = 600) -> None:
+    """The same number of steps on the same photographs: what both rebuild, and what other arithmetic changes."""
+    source = photographs()
+    if source is None:
+        table.add_row("PSNR beside breaching", "no CIFAR-10 at hand; see GIA_BENCH_DATA", "")
+        return
+    chosen = [i for i in range(len(source.train)) if i not in source.unfit_targets][:victims]
+    truth, labels = source.train.images(torch.tensor(chosen)).to(DEVICE), source.train.labels[chosen]
+    model, weight = victim(lenet_zhu), 1e-4
+    seen = observed(model, truth, labels)
+
+    def row(name: str, found: list[torch.Tensor], took: float) -> None:
+        scores = psnr_db(torch.cat(found).clamp(0, 1), truth).sort().values
+        middle, low, high = scores.median(), scores[0], scores[-1]
+        table.add_row(name, f"median {middle:.1f} dB ({low:.1f} to {high:.1f})", f"{took:.0f} s")
+
+    def rebuilt(arithmetic: Arithmetic) -> tuple[list[torch.Tensor], float]:
+        attack = matching(steps, weight, arithmetic=arithmetic)
+        found: list[torch.Tensor] = []
+
+        def run() -> None:
+            found[:] = [r.inputs for r in attack.reconstruct_many(seen, model, seeds=list(range(victims)))]
+
+        took = seconds(run, repeats=1, warm=False)
+        return found, took
+
+    row(f"PSNR, {victims} photographs, DLG-LeNet, {steps} steps", *rebuilt(PLAIN))
+    for other in (Arithmetic(compile=True), Arithmetic(precision="bf16"), Arithmetic(precision="tf32")):
+        if other.precision != "tf32" or DEVICE.type == "cuda":
+            row(f"the same, compile={other.compile}, {other.precision}", *rebuilt(other))
+    if peer.installed() is None:
+        table.add_row("the same by breaching", ABSENT, "")
+        return
+    theirs_found: list[torch.Tensor] = []
+
+    def run() -> None:
+        theirs_found[:] = [peer.reconstruct(model, o, steps, weight, s) for s, o in enumerate(seen)]
+
+    took = seconds(run, repeats=1, warm=False)
+    row(f"the same by breaching {peer.installed()}", theirs_found, took)
+
+
+def bench_gpu(table: Table, victims: int = 64, steps: int = 50) -> None:
+    """ConvNet64 and ResNet-18 with many victims: throughput, share of the card's own products, memory, precisions."""
+    if DEVICE.type != "cuda":
+        table.add_row(f"ConvNet64 and ResNet-18, {victims} victims", "needs a GPU", "")
+        return
+    torch.backends.cudnn.allow_tf32 = False  # of what does not choose for itself: breaching
+    a = torch.rand(8192, 8192, device=DEVICE)
+    products = 2 * 8192**3 / seconds(lambda: a @ a) / 1e12
+    table.add_row("this card: a matrix product (8192), fp32", f"{products:.1f} TFLOP/s", "")
+    for name, network in (("ConvNet64", convnet), ("ResNet-18", resnet)):
+        model, weight = victim(network, init="default", normalize=True, training=False), 1e-4
+        seen = noise(model, victims)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            ours(matching(1, weight), model, seen[:1])()
+        work = counter.get_total_flops() / 2 / 1e12
+        best = float("inf")
+        for arithmetic in [Arithmetic(compile=c, precision=p) for p in ("fp32", "tf32", "bf16") for c in (False, True)]:
+            attack = matching(steps, weight, arithmetic=arithmetic)
+            torch.cuda.reset_peak_memory_stats()
+            took = seconds(ours(attack, model, seen), repeats=2) / (steps + 1) / victims
+            best = took if arithmetic == PLAIN else best
+            table.add_row(
+                f"{name}, {victims} victims at once, {arithmetic.precision}, compile={arithmetic.compile}",
+                f"{1e3 * took:.2f} ms/victim and step, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+                f"{work / took:.1f} TFLOP/s, {100 * work / took / products:.0f}% of the product's",
+            )
+        if peer.installed() is None:
+            table.add_row("the same by breaching", ABSENT, "")
+            continue
+        few = seen[:4]  # one by one, so that four say what sixty-four would
+        single = seconds(theirs(steps, weight, model, few), repeats=1) / (steps + 1) / len(few)
+        table.add_row(
+            f"breaching {peer.installed()}, the same, one by one", f"{1e3 * single:.2f} ms/victim and step",
+            f"ours (fp32) {single / best:.1f}x faster",
+        )  # fmt: skip
