@@ -55,8 +55,10 @@ def _hydra_main(cfg: DictConfig) -> None:
     try:
         written = report([Path(folder) for folder in made["runs"]], made.get("table"), figures, Path(made["output"]))
     except GiaBenchError as error:
-        raise SystemExit(f"gia-bench-report: {error}") from error
-    print(*written, sep="\n")
+        print(f"gia-bench-report: {error}", file=sys.stderr)  # here, since Hydra would put its own words before it
+        raise SystemExit(1) from error
+    for path in written:
+        print(path)
 
 
 def _choices(group: str) -> str:

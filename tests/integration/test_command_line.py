@@ -230,8 +230,9 @@ def test_a_disk_that_is_full_for_a_state_is_a_sentence(kilobytes: int, tmp_path:
         before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)),
     )  # fmt: skip
     assert done.status == 1
-    assert "Traceback" not in done.err
-    assert "Free some space" in done.err
+    # the first line; after it the coverage of this process complains of the same disk
+    assert done.err.startswith("gia-bench: ")
+    assert "Free some space" in done.err.splitlines()[0]
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:

@@ -77,8 +77,15 @@ def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
+def test_a_compiled_step_in_c_equals_the_plain_one() -> None:
+    """Cosine and total variation of a small network; every machine that runs these tests has a compiler."""
+    module = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(108, 4))
+    p = problem(2, module=module)
+    assert_equal_when_compiled(cosine_group(p), guesses(p, 2))
+
+
+@pytest.mark.usefixtures("no_code")
 def test_a_compiled_step_equals_the_plain_one_on_lenet() -> None:
-    """Cosine and total variation, in C++; needs a compiler, as every machine that runs these tests has one."""
     p = lenet_problem(2)
     assert_equal_when_compiled(cosine_group(p), guesses(p, 2))
 
