@@ -6,6 +6,7 @@ Nothing here is a test: machines are shared and noisy, so every row is compared 
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,7 +60,7 @@ def bench_round(table: Table) -> None:
 
 
 def shell_run(rounds: int) -> tuple[float, float]:
-    """Seconds of a whole run of so many rounds, and the median seconds inside one."""
+    """Seconds of a whole run of so many rounds, and the mean seconds inside one."""
     with tempfile.TemporaryDirectory() as outputs:
         command = [
             sys.executable,
@@ -67,6 +68,7 @@ def shell_run(rounds: int) -> tuple[float, float]:
             "gia_bench",
             "dataset=digits",
             "model=mlp",
+            "model.network.hidden=[64]",
             "fl.attack_rounds=[]",
             "logger=none",
         ]
@@ -79,14 +81,19 @@ def shell_run(rounds: int) -> tuple[float, float]:
 
 
 def bench_shell(table: Table) -> None:
-    """What Trainer, probes at rest and records add to a round: a long run less a short one, less its rounds."""
-    short, long = 100, 1100
-    (start, _), (end, inside) = shell_run(short), shell_run(long)
+    """What Trainer, probes at rest and records add to a round: a long run less a short one, less its rounds. The long
+    one's peak memory above the short one's is what grows with rounds."""
+    short, long = 200, 4200
+    start, _ = shell_run(short)
+    small = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    end, inside = shell_run(long)
+    grown = (resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - small) / 1024
     shell = (end - start) / (long - short) - inside
     table.add_row(
         "the shell around a round (Trainer, probes at rest, records)", f"{1e3 * shell:.2f} ms",
         f"a round itself: {1e3 * inside:.1f} ms",
     )  # fmt: skip
+    table.add_row(f"peak memory added by {long - short:,} more rounds", f"{grown:.0f} MiB", "")
 
 
 def bench_training(table: Table) -> None:

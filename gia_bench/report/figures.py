@@ -114,21 +114,22 @@ class PrivacyUtility:
 
     def draw(self, results: Results) -> Figure:
         """A scatter plot; up is better for the task, left is better for the defender."""
-        points = self.points(results.where(self.filters))
+        points = self.points(results.ended.where(self.filters))
         sign = 1.0 if METRICS[self.metric].better_for_defender == "lower" else -1.0
         front = pareto_front([(sign * leak, -accuracy) for leak, accuracy in points.values()])
-        figure = Figure(figsize=(6.0, 4.2), layout="constrained")
+        figure = Figure(figsize=(8.0, max(4.2, 0.3 + 0.17 * len(points))), layout="constrained")
         axes = figure.add_subplot()
         along = sorted((list(points.values())[i] for i in front), key=lambda point: sign * point[0])
         axes.plot(*zip(*along, strict=True), color="0.7", zorder=1, label="Pareto front")
-        for label, (leak, accuracy) in points.items():
-            axes.scatter(leak, accuracy, zorder=2)
-            axes.annotate(label, (leak, accuracy), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        for number, (label, (leak, accuracy)) in enumerate(points.items(), start=1):
+            # named beside the axes: names at crowded points would cover each other
+            axes.scatter(leak, accuracy, zorder=2, label=f"{number}  {label}")
+            axes.annotate(str(number), (leak, accuracy), textcoords="offset points", xytext=(4, 3), fontsize=7)
         unit = f" [{METRICS[self.metric].unit}]" if METRICS[self.metric].unit else ""
         way = METRICS[self.metric].better_for_defender
         axes.set(xlabel=f"{self.metric}{unit}, strongest attack ({way} is more private)", ylabel="test accuracy")
         axes.margins(0.15)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
         return figure
 
     def points(self, results: Results) -> dict[str, tuple[float, float]]:

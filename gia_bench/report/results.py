@@ -70,13 +70,11 @@ class Results:
             frame = frame[applies | frame[key].isna()] if key in KEYS else frame[applies]
         return Results({run_id: self.runs[run_id] for run_id in frame["run_id"].unique()}, frame)
 
-    def without(self, run_ids: Iterable[str]) -> Results:
-        """All other runs and their records."""
-        gone = set(run_ids)
-        return Results(
-            {run_id: run for run_id, run in self.runs.items() if run_id not in gone},
-            self.frame[~self.frame["run_id"].isin(gone)],
-        )
+    @cached_property
+    def ended(self) -> Results:
+        """The runs that are done, and their records: half a run is no number."""
+        runs = {run_id: run for run_id, run in self.runs.items() if run.status["state"] == "done"}
+        return Results(runs, self.frame[self.frame["run_id"].isin(runs)])
 
     def differences(self, run_ids: Iterable[str], attacks: Collection[str] = ()) -> dict[str, list[Any]]:
         """Settings in which runs differ -> their values, but for the seed and what leaves numbers alone.
@@ -97,9 +95,22 @@ class Results:
         for defense, members in defenses.groupby(defenses):
             differing = [key for key in self.differences(members.index) if not key.startswith("attack.")]
             for run_id in members.index:
-                settings = [f"{key.removeprefix('defense.')}={self._flat[run_id].get(key)}" for key in differing]
+                settings = self._told(differing, self._flat[run_id], [self._flat[other] for other in members.index])
                 labels[str(run_id)] = " ".join([str(defense), *settings])
         return labels
+
+    @staticmethod
+    def _told(differing: list[str], own: Mapping[str, Any], all_runs: list[Mapping[str, Any]]) -> list[str]:
+        """The differing settings in words: ``k1=0.05``; ``compensation`` or ``no compensation`` for a whole part."""
+        told: dict[str, str] = {}
+        for key in differing:
+            part = key.removeprefix("defense.").split(".")[0]
+            keys = [k for k in differing if k.removeprefix("defense.").split(".")[0] == part and "." in k]
+            if len(keys) > 1 and any(all(run.get(k) is None for k in keys) for run in all_runs):
+                told[part] = part if any(own.get(k) is not None for k in keys) else f"no {part}"
+            else:
+                told[key] = f"{key.removeprefix('defense.')}={own.get(key)}"
+        return list(told.values())
 
     def command(self, run_id: str, **changes: str) -> str:
         """The command line that starts this run again with ``changes`` (group -> choice)."""

@@ -99,12 +99,12 @@ def build(spec: TableSpec, results: Results) -> Table:
     row has no undefended control or a cell no record, and ``ConfigError`` where a cell would pool runs of different
     conditions.
     """
-    left_out = [run for run in results.runs.values() if run.status["state"] != "done"]
+    left_out = [run for run_id, run in results.runs.items() if run_id not in results.ended.runs]
     notes = [f"run {run.run_id} is left out ({run.status['state']}): {run.status['reason']}" for run in left_out]
     if len(left_out) == len(results.runs):
         command = results.command(left_out[0].run_id)
         raise MissingCellError(f"table {spec.name}: no run has ended; {notes[0]}. To go on with it: {command}")
-    results = results.without(run.run_id for run in left_out)
+    results = results.ended
     chosen = results.where(spec.filters, spec.rows)
     rows = _rows(spec, chosen)
     if not rows:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from gia_bench.conf_path import CONF
 from gia_bench.errors import ConfigError
+from gia_bench.records.runs import write_status
 from gia_bench.report import app
 from gia_bench.report.figures import PrivacyUtility, ReconstructionGrid
 from gia_bench.report.results import MissingCellError, Results
@@ -75,7 +76,10 @@ def test_a_point_is_the_strongest_attack_and_the_last_accuracy(tmp_path: Path) -
     assert points["none"] == pytest.approx((18.0, 0.9))
     assert points["dgp"] == pytest.approx((8.0, 0.85))
     figure = PrivacyUtility().draw(Results.load(tmp_path))
-    assert {text.get_text() for text in figure.axes[0].texts} == {"none", "dgp"}
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert {text.get_text() for text in legend.get_texts()} == {"Pareto front", "1  dgp", "2  none"}
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2"]
     assert "lower is more private" in figure.axes[0].get_xlabel()
 
 
@@ -114,6 +118,26 @@ def test_a_defense_without_accuracy_names_the_command(tmp_path: Path) -> None:
         MissingCellError, match=r"none has no value of test_accuracy\. Run: gia-bench seed=0 force=true"
     ):
         PrivacyUtility().draw(Results.load(tmp_path))
+
+
+def test_half_a_run_is_no_point(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    write_status(make_run(tmp_path, "rb", defense="dgp", leave_out=("test_accuracy",)), "failed", "NaN in round 8")
+    figure = PrivacyUtility().draw(Results.load(tmp_path))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1"]
+
+
+def test_a_part_that_some_runs_lack_is_named_as_a_whole(tmp_path: Path) -> None:
+    make_run(
+        tmp_path, "ra", defense="graddefense", settings={"q": 1, "compensation": {"variance": "exact", "pad": True}}
+    )
+    make_run(tmp_path, "rb", defense="graddefense", settings={"q": 1, "compensation": None})
+    make_run(tmp_path, "rc", defense="dgp", settings={"error_feedback": {"enabled": True}})
+    make_run(tmp_path, "rd", defense="dgp", settings={"error_feedback": {"enabled": False}})
+    assert set(Results.load(tmp_path).labels.values()) == {
+        "graddefense compensation", "graddefense no compensation",
+        "dgp error_feedback.enabled=True", "dgp error_feedback.enabled=False",
+    }  # fmt: skip
 
 
 def test_figures_refuse_what_they_cannot_draw() -> None:
