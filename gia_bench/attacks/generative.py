@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -20,7 +20,7 @@ from gia_bench.attacks.group import STEPS, Group
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.latent_priors import LatentPrior
 from gia_bench.attacks.latents import Generator, GeneratorSource, LatentGroup, check_generator
-from gia_bench.attacks.matching import check_observation, kind, why_never_finite
+from gia_bench.attacks.matching import alike, kind, why_never_finite
 from gia_bench.attacks.priors import Prior
 from gia_bench.attacks.replay import Replay
 from gia_bench.attacks.scene import PixelSpace
@@ -99,16 +99,8 @@ class Generative(Attack):
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
         generator = self._loaded(victim)
-        alike: dict[Hashable, list[int]] = {}
-        for i, observation in enumerate(observations):
-            check_observation(observation, victim)
-            for name, prior in self.priors.items():
-                refusal = prior.refusal(observation, victim)
-                if refusal is not None:
-                    raise IncompatibleError(f"priors.{name}: {refusal}")
-            alike.setdefault(kind(observation), []).append(i)
         found: dict[int, Reconstruction] = {}
-        for members in alike.values():
+        for members in alike(observations, victim, self.priors):
             some, own = [observations[i] for i in members], [seeds[i] for i in members]
             found |= zip(members, self._reconstruct_group(some, victim, generator, own, snapshots), strict=True)
         return [found[i] for i in range(len(observations))]

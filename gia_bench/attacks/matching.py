@@ -103,16 +103,8 @@ class GradientMatching(Attack):
         seeds: Sequence[int],
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
-        alike: dict[Hashable, list[int]] = {}
-        for i, observation in enumerate(observations):
-            check_observation(observation, victim)
-            for name, prior in self.priors.items():
-                refusal = prior.refusal(observation, victim)
-                if refusal is not None:
-                    raise IncompatibleError(f"priors.{name}: {refusal}")
-            alike.setdefault(kind(observation), []).append(i)
         found: dict[int, Reconstruction] = {}
-        for members in alike.values():
+        for members in alike(observations, victim, self.priors):
             some, own_seeds = [observations[i] for i in members], [seeds[i] for i in members]
             found |= zip(members, self._reconstruct_group(some, victim, own_seeds, snapshots), strict=True)
         return [found[i] for i in range(len(observations))]
@@ -188,6 +180,21 @@ class GradientMatching(Attack):
             score=score,
             failure=failure,
         )
+
+
+def alike(observations: Sequence[Observation], victim: Victim, priors: Mapping[str, Prior]) -> list[list[int]]:
+    """Positions of the observations that are one batch. Raises ``IncompatibleError`` for one that cannot be matched,
+    or that a prior refuses.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, observation in enumerate(observations):
+        check_observation(observation, victim)
+        for name, prior in priors.items():
+            refusal = prior.refusal(observation, victim)
+            if refusal is not None:
+                raise IncompatibleError(f"priors.{name}: {refusal}")
+        groups.setdefault(kind(observation), []).append(i)
+    return list(groups.values())
 
 
 def kind(observation: Observation) -> tuple[Hashable, ...]:

@@ -51,6 +51,8 @@ class PrivacyProbe(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, FederatedModule) and isinstance(batch, Cohort)
+        if not accounted(pl_module.rules.defense):
+            return  # nothing is spent that could be told
         dropped = outputs["report"].dropped
         weighted = pl_module.rules.weighting == "examples"
         weights = [w if weighted else 1 for c, w in zip(batch.clients, batch.weights, strict=True) if c not in dropped]

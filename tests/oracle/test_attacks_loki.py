@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,6 @@ from gia_bench.seeding import derive, seeded
 from gia_bench.threat import ThreatModel
 from gia_bench.values import Batch, Observation
 
-REAL = os.environ.get("GIA_BENCH_DATA")
 LOKI = instantiate(OmegaConf.load(CONF / "attack" / "loki.yaml"), _convert_="all")
 SUM = instantiate(OmegaConf.load(CONF / "threat" / "malicious_aggregate.yaml"), _convert_="all")
 CLIENTS = instantiate(OmegaConf.load(CONF / "threat" / "malicious_model.yaml"), _convert_="all")
@@ -184,14 +182,13 @@ def test_every_digit_of_every_client_alone_in_its_bin_is_found_above_60_db(
     assert (scores[alone] > 60).all(), scores[alone].sort().values[:4]
 
 
-@pytest.mark.skipif(REAL is None, reason="GIA_BENCH_DATA does not name a folder with the real datasets")
 @pytest.mark.parametrize(
     "local",
     [FedSGD(batch_size=8), FedAvg(learning_rate=LEARNING_RATE, epochs=1, batch_size=4)],
     ids=["fedsgd", "fedavg"],
 )
-def test_every_cifar_image_alone_in_its_bin_is_found_in_the_sum_above_60_db(local: LocalWork) -> None:
-    attack, data = dataclasses.replace(LOKI, num_bins=128), cifar10(root=Path(REAL or ""), verify=False)
+def test_every_cifar_image_alone_in_its_bin_is_found_in_the_sum_above_60_db(local: LocalWork, data_root: Path) -> None:
+    attack, data = dataclasses.replace(LOKI, num_bins=128), cifar10(root=data_root, verify=False)
     played = play(attack, victim_of((3, 32, 32)), SUM, local, source=data.train, num_clients=3)
     alone, scores = alone_in_their_bins(played), scored(attack, played)
     assert alone.float().mean() > 0.7

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -33,8 +32,6 @@ from gia_bench.models.lenet import lenet
 from gia_bench.models.resnet import cifar_resnet
 from gia_bench.seeding import seeded
 from gia_bench.values import Batch, Examples, Observation, Update
-
-REAL = os.environ.get("GIA_BENCH_DATA")
 
 
 def preset(name: str) -> Attack:
@@ -128,10 +125,9 @@ def test_every_digit_alone_in_its_bin_is_found_above_60_db(
     assert (scores[alone] > 60).all(), (scores[alone].min(), alone.sum())
 
 
-@pytest.mark.skipif(REAL is None, reason="GIA_BENCH_DATA does not name a folder with the real datasets")
 @pytest.mark.parametrize("size", [8, 64])
-def test_every_cifar_image_alone_in_its_bin_is_found_above_60_db(size: int) -> None:
-    data = cifar10(root=Path(REAL or ""), verify=False)
+def test_every_cifar_image_alone_in_its_bin_is_found_above_60_db(size: int, data_root: Path) -> None:
+    data = cifar10(root=data_root, verify=False)
     rows = torch.arange(size)
     batch = Pictures(data.train.images(rows), data.train.labels[rows])
     sent, seen = play(ROB, victim_of((3, 32, 32)), batch, public=data.test)
