@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+# bytecode is written by the first import of what is used, and not for every file of every library
+PIP    := --quiet --no-compile
 
 .PHONY: demo test lint types pytest coverage bench wheel clean
 
@@ -45,13 +47,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMPS)/run: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install $(PIP) --editable .
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP) --editable '.[dev]'
 	mkdir -p $(STAMPS) && touch $(STAMPS)/run $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	$(BIN)/python -m pip install $(PIP) --editable '.[dev,bench]'
 	touch $@

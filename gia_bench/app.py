@@ -1,8 +1,10 @@
-"""The command line: compose, run, and say what happened in sentences."""
+"""The command line: compose, run, and say what happened in sentences.
+
+torch is imported when a run begins, so that help and misspelt choices are answered at once.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections import Counter
@@ -18,51 +20,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gia_bench.conf_path import CONF
-from gia_bench.config import build, identify
-from gia_bench.errors import GiaBenchError, IncompatibleError
+from gia_bench.errors import GiaBenchError
 from gia_bench.errors import choices as choices_of
-from gia_bench.records.provenance import versions
-from gia_bench.records.runs import read_status, write_status
-from gia_bench.run import run_folder, train
-
-log = logging.getLogger(__name__)
-
-
-def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, sweeping: bool) -> str:
-    """One run to its end: "done", "skipped" or raises. The state stands in the run's ``status.json`` at any time."""
-    run = identify(cfg, choices)
-    label = f"{run.origin.experiment}/{run.origin.run_id}"
-    if read_status(run.folder) == "done" and not run.force:
-        log.info("%s is finished already; force=true runs it again", label)
-        return "done"
-    with run_folder(run.folder, dict(run.config), run.force):
-        write_status(run.folder, "running", overrides=overrides)
-        try:
-            experiment = build(cfg, run)
-            data = experiment.data.dataset
-            write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
-            train(experiment)
-        except IncompatibleError as error:
-            write_status(run.folder, "skipped", str(error))
-            if not sweeping:
-                raise
-            log.warning("%s is skipped: %s", label, error)
-            return "skipped"
-        except (KeyboardInterrupt, SystemExit):
-            write_status(run.folder, "failed", "interrupted; the same command goes on where it stopped")
-            raise
-        except Exception as error:
-            write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
-            if sweeping:  # Hydra goes on with the next run; a single one ends with the sentence on stderr
-                log.error("%s failed: %s", label, error)
-            raise
-        write_status(run.folder, "done")
-    log.info("%s is done: %s", label, run.folder)
-    return "done"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> str:
+    from gia_bench.run import execute
+
     context = HydraConfig.get()
     words, sweeping = list(context.overrides.task), context.mode == RunMode.MULTIRUN
     try:

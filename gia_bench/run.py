@@ -15,10 +15,10 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from gia_bench.config import Experiment
-from gia_bench.errors import ConfigError, DataError, StorageError
+from gia_bench.config import Experiment, build, identify
+from gia_bench.errors import ConfigError, DataError, IncompatibleError, StorageError
 from gia_bench.federated.module import FederatedModule
 from gia_bench.federated.states import client_states
 from gia_bench.probes.bounds import BoundsProbe
@@ -29,8 +29,44 @@ from gia_bench.probes.recorder import Recorder
 from gia_bench.probes.theory import TheoryProbe
 from gia_bench.probes.utility import UtilityProbe
 from gia_bench.records.archives import whole, write_failed
-from gia_bench.records.runs import LOCK, locked, write_config
+from gia_bench.records.provenance import versions
+from gia_bench.records.runs import LOCK, locked, read_status, write_config, write_status
 from gia_bench.records.store import RecordStore
+
+log = logging.getLogger(__name__)
+
+
+def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, sweeping: bool) -> str:
+    """One run to its end: "done", "skipped" or raises. The state stands in the run's ``status.json`` at any time."""
+    run = identify(cfg, choices)
+    label = f"{run.origin.experiment}/{run.origin.run_id}"
+    if read_status(run.folder) == "done" and not run.force:
+        log.info("%s is finished already; force=true runs it again", label)
+        return "done"
+    with run_folder(run.folder, dict(run.config), run.force):
+        write_status(run.folder, "running", overrides=overrides)
+        try:
+            experiment = build(cfg, run)
+            data = experiment.data.dataset
+            write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
+            train(experiment)
+        except IncompatibleError as error:
+            write_status(run.folder, "skipped", str(error))
+            if not sweeping:
+                raise
+            log.warning("%s is skipped: %s", label, error)
+            return "skipped"
+        except (KeyboardInterrupt, SystemExit):
+            write_status(run.folder, "failed", "interrupted; the same command goes on where it stopped")
+            raise
+        except Exception as error:
+            write_status(run.folder, "failed", f"{type(error).__name__}: {error}")
+            if sweeping:  # Hydra goes on with the next run; a single one ends with the sentence on stderr
+                log.error("%s failed: %s", label, error)
+            raise
+        write_status(run.folder, "done")
+    log.info("%s is done: %s", label, run.folder)
+    return "done"
 
 
 @contextmanager

@@ -7,11 +7,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+MAINS = {
+    "gia-bench": "gia_bench.app", "gia-bench-report": "gia_bench.report.app",
+    "gia-bench-prior": "gia_bench.generators.app",
+}  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["gia_bench.app", "gia_bench.report.app", "lightning.pytorch"])
+CONTEXT.set_forkserver_preload([*MAINS.values(), "gia_bench.run", "sklearn.datasets"])
 
 
 class Finished(NamedTuple):
@@ -29,11 +34,7 @@ def _child(arguments: list[str], before: Callable[[], None] | None, environment:
     sys.argv = arguments
     if before is not None:
         before()
-    if arguments[0] == "gia-bench-report":
-        from gia_bench.report.app import main
-    else:
-        from gia_bench.app import main
-    main()
+    import_module(MAINS[arguments[0]]).main()
 
 
 def run(

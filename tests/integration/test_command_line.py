@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,11 @@ def test_the_same_settings_are_the_same_run_wherever_they_are_written(tmp_path: 
     assert [*states(tmp_path / "a")] == [*states(tmp_path / "b")]
     assert gia_bench(tmp_path / "b", *SMALL, "seed=1").status == 0
     assert len(states(tmp_path / "b")) == 2
+
+
+def test_help_and_misspelt_choices_need_no_torch() -> None:
+    code = "import sys, gia_bench.app; assert 'torch' not in sys.modules; assert gia_bench.app.CONF"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_names_every_group_and_every_choice() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.distributed
-from command import SMALL, gia_bench
+from command import CONTEXT, SMALL, gia_bench
 
 from gia_bench.data.cohort import Cohort
 from gia_bench.data.source import InMemory
@@ -64,8 +63,7 @@ def test_two_ranks_play_the_round_of_one() -> None:
     alone = one_round()
     assert alone.transcript is not None
     with tempfile.TemporaryDirectory() as name:
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=child, args=(rank, Path(name))) for rank in range(2)]
+        processes = [CONTEXT.Process(target=child, args=(rank, Path(name))) for rank in range(2)]
         for process in processes:
             process.start()
         for process in processes:

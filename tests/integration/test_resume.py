@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import gia_bench
+from command import SMALL, gia_bench
 
 COMMAND = (
     "dataset=digits", "model=lenet_zhu", "defense=dgp", "attack=[dlg,inverting_gradients_fast]", "name=resume",
@@ -150,10 +150,10 @@ def test_a_killed_run_with_residuals_on_disk_ends_with_the_records_of_one_that_h
 
 
 def test_a_finished_run_is_skipped_and_force_runs_it_again(tmp_path: Path) -> None:
-    assert start(tmp_path) == 0
-    [path] = tmp_path.glob("resume/*/records.jsonl")
+    assert gia_bench(tmp_path, *SMALL).status == 0
+    [path] = tmp_path.rglob("records.jsonl")
     before = path.stat().st_mtime_ns
-    assert start(tmp_path) == 0
+    assert gia_bench(tmp_path, *SMALL).status == 0
     assert path.stat().st_mtime_ns == before
-    assert start(tmp_path, "force=true") == 0
+    assert gia_bench(tmp_path, *SMALL, "force=true").status == 0
     assert path.stat().st_mtime_ns > before

@@ -233,8 +233,8 @@ def test_a_setting_out_of_its_range_is_named(build: object, sentence: str) -> No
 
 def test_a_run_records_the_learned_rate_the_share_sent_and_the_trend(tmp_path: Path) -> None:
     done = gia_bench(
-        tmp_path, "dataset=digits", "model=mlp", "partition.num_clients=3", "fl.rounds=1", "fl.eval_every=1",
-        "attack=[]", "pruning=random", "defense=priprune",
+        tmp_path, "dataset=digits", "model=mlp", "model.network.hidden=[16]", "partition.num_clients=3", "fl.rounds=1",
+        "fl.eval_every=1", "attack=[]", "pruning=random", "defense=priprune",
     )  # fmt: skip
     assert done.status == 0, done.err
     [path] = tmp_path.rglob("records.jsonl")

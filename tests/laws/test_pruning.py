@@ -343,8 +343,8 @@ def test_pruning_leaves_the_published_model_as_it_was() -> None:
 
 
 RUN = (
-    "dataset=digits", "model=mlp", "fl=fedavg", "pruning=prunefl", "pruning.interval=4", "pruning.constant=0.01",
-    "fl.rounds=8", "fl.local.epochs=null", "fl.local.steps=2",
+    "dataset=digits", "model=mlp", "model.network.hidden=[64]", "fl=fedavg", "pruning=prunefl", "pruning.interval=4",
+    "pruning.constant=0.01", "fl.rounds=8", "fl.local.epochs=null", "fl.local.steps=2",
     "fl.eval_every=3", "fl.clients_per_round=3", "partition.num_clients=5", "attack=[]", "name=pruned",
 )  # fmt: skip
 

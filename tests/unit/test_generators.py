@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from attack_problems import problem
+from command import SMALL, gia_bench
+from command import run as command
 from generator_problems import LATENT, Held, dcgan, saved
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -388,17 +388,13 @@ class Forbidden:
 
 def test_the_command_trains_and_an_attack_runs_with_its_file(tmp_path: Path) -> None:
     small = ("training.steps=3", "training.log_every=1", "training.batch_size=4", "accelerator=cpu")
-    code = "import sys; from gia_bench.generators.app import main; sys.argv[0] = 'gia-bench-prior'; main()"
-    command = [sys.executable, "-c", code, *DIGITS, *small, f"paths.outputs={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "training on 360 public examples of digits, split test" in done.stdout
-    assert "step 3 of 3" in done.stdout
+    done = command("gia-bench-prior", *DIGITS, *small, f"paths.outputs={tmp_path}")
+    assert done.status == 0, done.err
+    assert "training on 360 public examples of digits, split test" in done.out
+    assert "step 3 of 3" in done.out
     file = tmp_path / "generators" / "digits" / "generator.pt"
     assert file.exists() and file.with_name("samples.png").exists()
     assert not file.with_name(CHECKPOINT).exists()
-    from command import SMALL, gia_bench
-
     run = [*SMALL, "attack=[ggl]", "~attack.inverting_gradients_fast", "fl.local.batch_size=1", "fl.rounds=1"]
     short = ["attack.ggl.evolution.generations=2", "attack.ggl.evolution.population=4"]
     words = [w for w in run if not w.startswith(("attack=[inverting", "attack.inverting", "~"))] + short
