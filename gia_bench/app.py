@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any, ClassVar, final
 
 import hydra
@@ -26,12 +27,14 @@ from gia_bench.errors import choices as choices_of
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> str:
+    from gia_bench.config import build, identify
     from gia_bench.run import execute
 
     context = HydraConfig.get()
     words, sweeping = list(context.overrides.task), context.mode == RunMode.MULTIRUN
     try:
-        return execute(cfg, dict(context.runtime.choices), words, sweeping=sweeping)
+        run = identify(cfg, dict(context.runtime.choices))
+        return execute(run, partial(build, cfg), words, sweeping=sweeping)
     except (GiaBenchError, OSError) as error:
         if sweeping:
             raise  # Hydra notes which run it was and goes on with the next

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +15,9 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from gia_bench.config import Experiment, build, identify
+from gia_bench.config import Experiment, Run
 from gia_bench.errors import ConfigError, DataError, IncompatibleError, StorageError
 from gia_bench.federated.module import FederatedModule
 from gia_bench.federated.states import client_states
@@ -36,9 +36,8 @@ from gia_bench.records.store import RecordStore
 log = logging.getLogger(__name__)
 
 
-def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, sweeping: bool) -> str:
+def execute(run: Run, parts: Callable[[Run], Experiment], overrides: list[str], *, sweeping: bool) -> str:
     """One run to its end: "done", "skipped" or raises. The state stands in the run's ``status.json`` at any time."""
-    run = identify(cfg, choices)
     label = f"{run.origin.experiment}/{run.origin.run_id}"
     if read_status(run.folder) == "done" and not run.force:
         log.info("%s is finished already; force=true runs it again", label)
@@ -46,7 +45,7 @@ def execute(cfg: DictConfig, choices: dict[str, str], overrides: list[str], *, s
     with run_folder(run.folder, dict(run.config), run.force):
         write_status(run.folder, "running", overrides=overrides)
         try:
-            experiment = build(cfg, run)
+            experiment = parts(run)
             data = experiment.data.dataset
             write_status(run.folder, "running", versions=versions(data.version), notes=data.notes)
             train(experiment)
