@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, final
 
 import lightning as L
@@ -23,7 +22,7 @@ class CostProbe(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         report = _report(outputs)
-        self.recorder.extend(asdict(report.cost).items(), round=report.round_index)
+        self.recorder.extend(vars(report.cost).items(), round=report.round_index)
         self.recorder.add("train_loss", report.train_loss, round=report.round_index)
         for client in report.dropped:
             self.recorder.add(

@@ -12,6 +12,9 @@ from gia_bench.records.mirror import Mirror
 from gia_bench.records.schema import Record
 from gia_bench.records.store import RecordStore
 
+MOST_PENDING = 1000
+"""A round that begins while so many records wait writes them first, so that memory does not grow with rounds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -35,12 +38,13 @@ class Recorder(L.Callback):
 
     def __init__(self, origin: Origin, store: RecordStore, mirror: Mirror) -> None:
         self.origin, self.store, self.mirror = origin, store, mirror
+        self._origin = asdict(origin)
         self._pending: list[Record] = []
         self._active = True
 
     def add(self, metric: str, value: float | None, **place: Any) -> None:
         """One value; ``place``: round, client, victim, attack, status, reason as far as they apply."""
-        self._pending.append(Record.of(metric, value, **asdict(self.origin), **place))
+        self._pending.append(Record.of(metric, value, **self._origin, **place))
 
     def flush(self) -> None:
         """Write what is pending; on rank zero only, since every rank computes the same records."""
@@ -59,6 +63,12 @@ class Recorder(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._active:
             self.store.truncate(state_dict["offset"])
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if len(self._pending) >= MOST_PENDING:  # between rounds: one round's records stay together
+            self.flush()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.flush()

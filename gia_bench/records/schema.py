@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, final
 
 from gia_bench.errors import ConfigError, choices
@@ -180,9 +180,10 @@ class Record:
 
     def to_json(self) -> str:
         """One line without its newline, strict JSON."""
-        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
+        return _to_json(vars(self))
 
 
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 KEYS: tuple[str, ...] = tuple(field.name for field in fields(Record))
 """The keys of a record, in their order."""
 
