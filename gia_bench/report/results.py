@@ -21,6 +21,9 @@ from gia_bench.records.store import read
 # what two runs of one condition may differ in
 _NEUTRAL = ("seed", "name", "paths", "trainer", "logger", "launcher", "force", "images", "metrics")
 
+# groups whose choice says in one word what runs differ in
+_CHOICES = ("dataset", "model", "fl", "threat")
+
 
 class MissingCellError(GiaBenchError):
     """A table or a figure lacks something. The sentence ends with the command that makes it."""
@@ -89,14 +92,17 @@ class Results:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """Run id -> its defense, with the settings in which runs of this defense differ."""
-        defenses = self.frame.groupby("run_id")["defense"].first()
+        """Run id -> its defense, the choices in which runs of this defense differ (``model=mlp``), and the settings in
+        which those of the same choices do."""
+        choices = self.frame.groupby("run_id")[["defense", *_CHOICES]].first()
         labels = {}
-        for defense, members in defenses.groupby(defenses):
-            differing = [key for key in self.differences(members.index) if not key.startswith("attack.")]
-            for run_id in members.index:
-                settings = self._told(differing, self._flat[run_id], [self._flat[other] for other in members.index])
-                labels[str(run_id)] = " ".join([str(defense), *settings])
+        for defense, members in choices.groupby("defense"):
+            named = [group for group in _CHOICES if members[group].nunique() > 1]
+            for run_id, own in members.iterrows():
+                alike = members.index[(members[named] == own[named]).all(axis=1)]
+                differing = [key for key in self.differences(alike) if not key.startswith("attack.")]
+                settings = self._told(differing, self._flat[str(run_id)], [self._flat[other] for other in alike])
+                labels[str(run_id)] = " ".join([str(defense), *(f"{g}={own[g]}" for g in named), *settings])
         return labels
 
     @staticmethod
@@ -124,7 +130,7 @@ class Results:
 
     def _setting(self, key: str) -> dict[str, Any]:
         found = {run_id: _lookup(run.config, key) for run_id, run in self.runs.items()}
-        if all(value is None for value in found.values()) and not _in_some_choice(key):
+        if not any(_holds(run.config, key) for run in self.runs.values()) and not _in_some_choice(key):
             raise ConfigError(choices("key", key, [*KEYS, "a setting such as defense.k1"]))
         return {run_id: str(value) if isinstance(value, (list, dict)) else value for run_id, value in found.items()}
 
@@ -161,7 +167,14 @@ def _in_some_choice(key: str) -> bool:
     """Whether a choice of the group that ``key`` begins with has this setting, although no run here does."""
     group, _, setting = key.partition(".")
     files = (CONF / group).glob("*.yaml")
-    return bool(setting) and any(_lookup(yaml.safe_load(file.read_text()), setting) is not None for file in files)
+    return bool(setting) and any(_holds(yaml.safe_load(file.read_text()), setting) for file in files)
+
+
+def _holds(config: Any, key: str) -> bool:
+    """Whether there is such a setting, be it null."""
+    *path, last = key.split(".")
+    node = _lookup(config, ".".join(path)) if path else config
+    return isinstance(node, Mapping) and last in node
 
 
 def _leaves(node: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:

@@ -100,7 +100,10 @@ def build(spec: TableSpec, results: Results) -> Table:
     conditions.
     """
     left_out = [run for run_id, run in results.runs.items() if run_id not in results.ended.runs]
-    notes = [f"run {run.run_id} is left out ({run.status['state']}): {run.status['reason']}" for run in left_out]
+    notes = [
+        f"run {run.run_id} is left out ({run.status['state']}): {run.status['reason'] or 'it has not ended'}"
+        for run in left_out
+    ]
     if len(left_out) == len(results.runs):
         command = results.command(left_out[0].run_id)
         raise MissingCellError(f"table {spec.name}: no run has ended; {notes[0]}. To go on with it: {command}")

@@ -33,6 +33,7 @@ def make_run(
     overrides: list[str] | None = None,
     config: dict[str, Any] | None = None,
     flat: float = 12.0,
+    model: str = "lenet",
 ) -> Path:
     """A finished run with two measured rounds; its client sends 100 of 1,000 bytes under a defense.
 
@@ -50,7 +51,7 @@ def make_run(
     more: dict[str, Any] = {} if overrides is None else {"overrides": overrides}
     write_status(folder, "running", **more)
     who: dict[str, Any] = {
-        "run_id": run_id, "experiment": "made", "seed": seed, "dataset": "digits", "model": "lenet", "fl": "fedsgd",
+        "run_id": run_id, "experiment": "made", "seed": seed, "dataset": "digits", "model": model, "fl": "fedsgd",
         "threat": "curious_server", "defense": defense,
     }  # fmt: skip
     lower = 0.0 if defense == "none" else 10.0

@@ -140,6 +140,18 @@ def test_a_part_that_some_runs_lack_is_named_as_a_whole(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_label_names_the_choice_that_differs_and_settings_only_within_one_choice(tmp_path: Path) -> None:
+    small, wide, trained = ({"model": {"width": w, "checkpoint": c}} for w, c in ((4, None), (8, None), (8, "a.pt")))
+    make_run(tmp_path, "ra", config=small, model="mlp")
+    make_run(tmp_path, "rb", config=wide)
+    make_run(tmp_path, "rc", config=trained)
+    make_run(tmp_path, "rd", config=wide, defense="dgp")
+    assert Results.load(tmp_path).labels == {
+        "ra": "none model=mlp", "rb": "none model=lenet model.checkpoint=None",
+        "rc": "none model=lenet model.checkpoint=a.pt", "rd": "dgp",
+    }  # fmt: skip
+
+
 def test_figures_refuse_what_they_cannot_draw() -> None:
     with pytest.raises(ConfigError, match="must be 1 or more"):
         ReconstructionGrid(victims=0)

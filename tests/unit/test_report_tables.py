@@ -337,6 +337,12 @@ def test_unknown_keys_list_the_choices(tmp_path: Path) -> None:
             _table(tmp_path, **more)
 
 
+def test_a_setting_that_is_null_in_every_run_is_a_key(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", settings={"own": None})
+    table = _table(tmp_path, rows=("defense", "defense.own", "attack"))
+    assert "| none | – | dlg |" in to_markdown(table)
+
+
 def test_folders_without_records_and_runs_that_lie_twice_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no records"):
         Results.load(tmp_path)
