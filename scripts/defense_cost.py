@@ -3,6 +3,7 @@
   --model lenet|lenet_zhu|resnet18|...  any choice of conf/model (lenet)       --clients N   in the round (10)
   --batch N                             examples per client (8)                 --repeats N   of each (9)
   --executor vmap|loop                  one of them (both)                      --residuals MODEL CLIENTS memory|disk
+  --set OVERRIDE                        of the defenses, for example defense.directions=8; as often as needed
 
 Time is what the clients compute (random numbers, local work, protection) in one FedSGD round on random images, in CPU
 seconds of all threads (wall-clock seconds on a GPU), which other users of the machine disturb least. Each round of a
@@ -18,7 +19,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -48,10 +49,10 @@ EXECUTORS: dict[str, Executor] = {"vmap": Vmap(chunk_size=16), "loop": Loop()}
 RECIPES = [path.stem for path in sorted((CONF / "defense").glob("*.yaml"))]
 
 
-def rules(model: str, defense: str, executor: str, batch: int) -> Rules:
+def rules(model: str, defense: str, executor: str, batch: int, overrides: Sequence[str] = ()) -> Rules:
     """The parts of a run with 3x32x32 images of 10 classes."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"model={model}", f"defense={defense}"])
+        cfg = compose("config", [f"model={model}", f"defense={defense}", *overrides])
     inner: Defense = instantiate(cfg.defense, _convert_="all")
     settings = instantiate(cfg.model, _convert_="all")
     victim = build_victim(
@@ -117,12 +118,17 @@ class Cost(NamedTuple):
     num_bytes: int
 
 
-def cost(model: str, name: str, executor: str, clients: int, batch: int, repeats: int) -> Cost:
+def cost(options: argparse.Namespace, name: str, executor: str) -> Cost:
+    clients, batch = options.clients, options.batch
     cohort = data(clients, batch).cohort(0).to(DEVICE)
-    plain, defended = (ClientSide(rules(model, n, executor, batch), cohort) for n in ("none", name))
+    settings = (("none", []), (name, options.overrides))
+    made = [rules(options.model, n, executor, batch, overrides) for n, overrides in settings]
+    plain, defended = (ClientSide(m, cohort) for m in made)
     for warm_up in (plain.compute, defended.compute, defended.pack):
         warm_up()
-    pairs = [(seconds(plain.compute), seconds(defended.compute), seconds(defended.pack)) for _ in range(repeats)]
+    pairs = [
+        (seconds(plain.compute), seconds(defended.compute), seconds(defended.pack)) for _ in range(options.repeats)
+    ]
     each = 1e3 / clients
     return Cost(
         each * median(p[1] for p in pairs), median(p[1] / p[0] for p in pairs), each * median(p[2] for p in pairs),
@@ -147,15 +153,14 @@ def cost_table(options: argparse.Namespace) -> None:
     header = ["defense", *columns, "packing: ms/client", "uplink bytes"]
     with torch.no_grad(), rows(title, header) as lines:
         for name in options.names or RECIPES:
+            label = " ".join([name, *options.overrides])
             try:
-                found = [
-                    cost(options.model, name, e, options.clients, options.batch, options.repeats) for e in executors
-                ]
+                found = [cost(options, name, e) for e in executors]
             except IncompatibleError as error:
-                lines.append(f"| {name} | skipped: {error} |" + " |" * (len(header) - 2))
+                lines.append(f"| {label} | skipped: {error} |" + " |" * (len(header) - 2))
                 continue
             cells = [cell for c in found for cell in (f"{c.compute:.1f}", f"{c.ratio:.2f}")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {found[-1].pack:.2f} | {found[-1].num_bytes:,} |")
+            lines.append(f"| {label} | {' | '.join(cells)} | {found[-1].pack:.2f} | {found[-1].num_bytes:,} |")
             print(lines[-1], file=sys.stderr)
 
 
@@ -198,6 +203,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--executor", choices=EXECUTORS, default=None)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="OVERRIDE")
     parser.add_argument("--residuals", nargs=3, metavar=("MODEL", "CLIENTS", "STORAGE"))
     options = parser.parse_args()
     if options.residuals:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gia_bench.defenses.base import Client
 from gia_bench.defenses.conv_chain import ConvChain, conv_chain
-from gia_bench.defenses.soteria import Soteria, features
+from gia_bench.defenses.feature_lengths import by_backward, features
+from gia_bench.defenses.soteria import Soteria
 from gia_bench.models.functional import Victim
 from gia_bench.models.lenet import lenet, lenet_zhu
 from gia_bench.seeding import seeded, stream
@@ -166,7 +167,7 @@ def test_the_scores_are_those_of_backward_passes() -> None:
     client = Client(scene.victim, scene.params, scene.buffers, Batch(*(t[0] for t in scene.batches)))
     assert scene.victim.head is not None
     inputs = client.batch.inputs[0]
-    r, d = Soteria()._backward(client, scene.victim.head, inputs)
+    r, d = by_backward(client, scene.victim.head, inputs, 64)
     torch.testing.assert_close(r, features(client, scene.victim.head, inputs))
     chain = chain_of(scene.victim)
     assert scene.victim.mean is not None and scene.victim.std is not None
