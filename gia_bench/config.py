@@ -113,6 +113,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     schedule: Schedule = _make(cfg, "fl")
     aggregation: Aggregation = _make(cfg, "aggregation")
     pruning.check_local(schedule.local)
+    pruning.check_public(cfg.public.split)
     defense = with_pruning(inner, pruning)
     metrics: Metrics = _make(cfg, "metrics")
     trainer: TrainerSettings = _make(cfg, "trainer")

@@ -33,6 +33,10 @@ class PRECODE(Defense):
     sample), so that accuracy has no noise of its own. A gradient-matching attacker has the same model and the same
     loss, penalty included, with z = mu: he does not know the noise. One who searches for the noise too may do better.
 
+    The new layers start as torch's linear layers do (as in the authors' code), whatever ``model.init`` says of the
+    model's own. With the head they are three linear layers in a row: learning rates that a model bears can be too high
+    with them (the authors train with Adam, 1e-3).
+
     Attackers may mute the new layers. ``Layers(layers="all_but_last")`` leaves the head out, ``"all_conv"`` also the
     bottleneck, of convolutional networks; the noise still reaches the layers before it by backpropagation. The first
     layer of a fully connected network gives a single image away whatever the noise (attack ``analytic``).
@@ -52,7 +56,7 @@ class PRECODE(Defense):
         check("defense precode: beta", self.beta, lambda b: 0 <= b < math.inf, "be finite and at least 0")
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """A copy with the bottleneck; its layers start as torch's linear layers do, unless ``model.init`` says else."""
+        """A copy with the bottleneck, whose layers start as torch's linear layers do."""
         return with_bottleneck(model, latent_size=int(self.latent_size), beta=self.beta)
 
     def check_victim(self, victim: Victim) -> None:

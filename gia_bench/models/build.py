@@ -47,9 +47,9 @@ def build_victim(
     network: one of the factories of ``gia_bench.models`` (as ``functools.partial`` of its fields), or your own;
     input_shape: (C, H, W); mean, std: the dataset's, per channel, used if ``normalize``; loss: a name in ``LOSSES``;
     init: a name in ``INITIALISATIONS``; checkpoint: a file of trained weights, read last, or None; training: whether
-    clients train in training mode; prepare: what a defense changes in the architecture, before the
-    initialisation. Raises ``ConfigError`` for unknown names, images that the network cannot take or outputs that
-    are not [B, num_classes], and ``DataError`` for a checkpoint that cannot be used.
+    clients train in training mode; prepare: what a defense changes in the architecture, after the initialisation, which
+    is of the network's own layers. Raises ``ConfigError`` for unknown names, images that the network cannot take or
+    outputs that are not [B, num_classes], and ``DataError`` for a checkpoint that cannot be used.
     """
     if loss not in LOSSES:
         raise ConfigError(choices("model.loss", loss, LOSSES))
@@ -59,8 +59,10 @@ def build_victim(
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}.")
     with seeded(seed, "model"):
-        module = prepare(network(shape, num_classes))
+        module = network(shape, num_classes)
         INITIALISATIONS[init](module)
+        # afterwards: the rule is that of the model's own layers, and a defense knows how its layers start
+        module = prepare(module)
     made = output_shape(module, shape, type(module).__name__)
     if made != (num_classes,):
         raise ConfigError(

@@ -38,6 +38,14 @@ class Testimony(NamedTuple):
     state: State
 
 
+class Begun(NamedTuple):
+    """Before round 0. masks: of all prunable parameters; params: the weights that the federation starts from where a
+    method has trained them, empty where they are the published ones."""
+
+    masks: Mask
+    params: Params
+
+
 class Pruning(ABC):
     """Hyperparameters are fields of a frozen dataclass. True in a mask means that the weight is kept.
 
@@ -48,8 +56,15 @@ class Pruning(ABC):
     def start(self, victim: Victim, public: Examples) -> Mask:
         """The masks of all prunable parameters before round 0; asked once. ``public``: no client holds them."""
 
+    def begin(self, victim: Victim, public: Examples) -> Begun:
+        """What the federation starts from: ``start``, and weights where the method changes them."""
+        return Begun(self.start(victim, public), {})
+
     def check_local(self, local: LocalWork) -> None:  # noqa: B027 (most have nothing to ask)
         """Raises ``IncompatibleError`` for local work it cannot go with."""
+
+    def check_public(self, split: str) -> None:  # noqa: B027 (most train nothing on it)
+        """Raises ``IncompatibleError`` for public examples from a split that it cannot train weights on."""
 
     def strength(self, round_index: int) -> float | None:
         """How much the masks may change after this round; None where they stay as they are."""
@@ -79,6 +94,11 @@ class Pruning(ABC):
         """The mean update of all clients in the light of their mean evidence."""
         return aggregate
 
+    def judge(self, victim: Victim, aggregate: Update) -> dict[str, Tensor]:
+        """Evidence that the server finds by itself, in a round after which the masks change: in the mean update, as
+        ``combine`` left it, and the first weights, which are the victim's."""
+        return {}
+
     def adjust(self, params: Params, masks: Mask, evidence: dict[str, Tensor], strength: float) -> Mask:
-        """The next masks, from the server's weights after its step and the clients' mean evidence."""
+        """The next masks, from the server's weights after its step, the clients' mean evidence, and its own."""
         return masks

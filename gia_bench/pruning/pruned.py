@@ -15,7 +15,7 @@ from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense, Noise
 from gia_bench.defenses.selection import Mask, on_support
 from gia_bench.errors import IncompatibleError
 from gia_bench.models.functional import Victim
-from gia_bench.pruning.base import Pruning, Trained
+from gia_bench.pruning.base import Begun, Pruning, Trained
 from gia_bench.pruning.none import NoPruning
 from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import ALIGNED, DENSE, EVIDENCE, Codec, Kept
@@ -23,7 +23,7 @@ from gia_bench.wire.aligned import MASK
 
 OWN = "pruning."
 """What is ours, and not the inner defense's, in states and announcements."""
-STRENGTH, HELD = OWN + "strength", OWN + EVIDENCE
+STRENGTH, HELD, TRAINED = OWN + "strength", OWN + EVIDENCE, OWN + "trained."
 
 Tensors = TypeVar("Tensors", bound=Mapping[str, Tensor])
 
@@ -31,7 +31,8 @@ Tensors = TypeVar("Tensors", bound=Mapping[str, Tensor])
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pruned(Defense):
-    """``inner`` on a model that ``method`` prunes. first: the masks before round 0; set by ``calibrate``.
+    """``inner`` on a model that ``method`` prunes. first, weights, victim: the masks before round 0, the weights
+    then (where the method has trained them), and whose they are; set by ``calibrate``.
 
     Gradients are cut to the mask before a local step, updates before ``inner`` protects them and again afterwards
     (noise cannot write off the mask), and the server's weights after its step, whatever its momentum does. Shares of a
@@ -46,6 +47,8 @@ class Pruned(Defense):
     inner: Defense
     method: Pruning
     first: Mask = field(default_factory=dict)
+    weights: Params = field(default_factory=dict)
+    victim: Victim | None = None
 
     def __post_init__(self) -> None:
         if any(stage.codec is ALIGNED for stage in self.inner.leaves()):
@@ -73,8 +76,10 @@ class Pruned(Defense):
         return self.inner.init_client(like) | _ours(self.method.remember(like))
 
     def init_server(self, like: Params) -> State:
-        """Both states; the masks are in it."""
-        return self.inner.init_server(like) | {OWN + MASK + k: m.to(like[k].device) for k, m in self.first.items()}
+        """Both states; the masks are in it, and until ``settle`` has seen them the weights to start from."""
+        masks = {OWN + MASK + k: m.to(like[k].device) for k, m in self.first.items()}
+        trained = {TRAINED + k: w.to(like[k].device) for k, w in self.weights.items()}
+        return self.inner.init_server(like) | masks | trained
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The inner defense's."""
@@ -85,11 +90,12 @@ class Pruned(Defense):
         self.inner.check_victim(victim)
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
-        """With the first masks."""
+        """With the first masks. Calibrated anew (on the model of a malicious server), it trains nothing."""
         inner = self.inner.calibrate(victim, public)
         # a copy: scoring puts the module into evaluation mode
         scored = dataclasses.replace(victim, module=copy.deepcopy(victim.module))
-        return Pruned(inner=inner, method=self.method, first=self.method.start(scored, public))
+        begun = Begun(self.method.start(scored, public), {}) if self.first else self.method.begin(scored, public)
+        return Pruned(inner=inner, method=self.method, first=begun.masks, weights=begun.params, victim=victim)
 
     def announce(
         self,
@@ -163,11 +169,15 @@ class Pruned(Defense):
         own = {k: v for k, v in server_state.items() if k.startswith(OWN)}
         if STRENGTH in shared:
             update = self.method.combine(update, evidence)
-            own |= {HELD + k: v for k, v in evidence.items()} | {STRENGTH: shared[STRENGTH]}
+            # masks are announced only after ``calibrate``, which sets the victim
+            own_evidence = self.method.judge(self.victim, update) if self.victim is not None else {}
+            held = {HELD + k: v for k, v in (evidence | own_evidence).items()}
+            own |= held | {STRENGTH: shared[STRENGTH]}
         return _cut(update, _masks(shared, MASK)), inner | own
 
     def settle(self, params: Params, server_state: State) -> tuple[Params, State]:
         """The masks after the round, and the weights on them."""
+        params = params | {k.removeprefix(TRAINED): v for k, v in server_state.items() if k.startswith(TRAINED)}
         params, inner = self.inner.settle(params, _inner(server_state))
         masks = {k: m.to(params[k].device) for k, m in _masks(server_state, OWN + MASK).items()}
         if STRENGTH in server_state:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.selection import Mask, ranks
-from gia_bench.errors import ConfigError
+from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
-from gia_bench.pruning.base import Pruning, Testimony, Trained
-from gia_bench.pruning.scores import prunable
+from gia_bench.pruning.base import Begun, Pruning, Testimony, Trained
+from gia_bench.pruning.initial import InitialPruning
+from gia_bench.pruning.scores import everything, prunable
 from gia_bench.values import Batch, Examples, Params, State, Update
 from gia_bench.wire import bits_of
 
@@ -36,8 +38,9 @@ class PruneFL(Pruning):
     one each, in the model's order; accumulate: "interval", or "round": only over the round whose sums are sent, without
     a state of the model's size per client.
 
-    The model starts dense: PruneFL's initial pruning at one client (up to 1,000 rounds) is left out. A client that does
-    not play in a round of adjustment keeps its sums for the next.
+    initial: the stage before round 0; left out by default, so that the model starts dense.
+
+    A client that does not play in a round of adjustment keeps its sums for the next.
     """
 
     interval: int = 50
@@ -48,6 +51,7 @@ class PruneFL(Pruning):
     computation: float | Sequence[float] = 0.0
     density_limit: float | None = None
     accumulate: str = "interval"
+    initial: InitialPruning = field(default_factory=InitialPruning)
 
     def __post_init__(self) -> None:
         where = "pruning prunefl: "
@@ -76,7 +80,24 @@ class PruneFL(Pruning):
         params, _ = victim.initial()
         names = prunable(victim)
         self._seconds(names)
-        return {name: torch.ones_like(params[name], dtype=torch.bool) for name in names}
+        return everything(params, names)
+
+    def check_public(self, split: str) -> None:
+        """The initial stage trains weights, and accuracy is measured on the test split."""
+        if self.initial.rounds and split == "test":
+            raise IncompatibleError(
+                "pruning prunefl: the initial stage trains weights on public examples, and with public.split=test on "
+                "those that accuracy is measured on; set public.split=train and leave some free with "
+                "partition.samples_per_client, or pruning.initial.rounds=0."
+            )
+
+    def begin(self, victim: Victim, public: Examples) -> Begun:
+        """What the initial stage leaves."""
+        masks = self.start(victim, public)
+        if not self.initial.rounds:
+            return Begun(masks, {})
+        free = dataclasses.replace(self, density_limit=None)
+        return self.initial.run(victim, public, masks, lambda p, m, sums: free.adjust(p, m, sums, self.max_change))
 
     def strength(self, round_index: int) -> float | None:
         """The share of a layer's kept weights that may go."""

@@ -47,6 +47,11 @@ def prunable(victim: Victim, *, bias: bool = False) -> list[str]:
     return names
 
 
+def everything(params: Params, names: list[str]) -> Mask:
+    """Masks of these parameters that leave nothing out."""
+    return {name: torch.ones_like(params[name], dtype=torch.bool) for name in names}
+
+
 def above_threshold(scores: Scores, density: float) -> Mask:
     """Keeps the scores above the k-th smallest of all together, k = floor((1 - density) N).
 
@@ -72,7 +77,7 @@ def pruned_in_steps(
     scores: (all parameters, pruned ones 0, the epoch) -> scores. What is pruned never comes back: its score counts as
     minus infinity (gia_bench choice; only GraSP's and random scores of pruned weights are not the lowest anyway).
     """
-    masks = {name: torch.ones_like(params[name], dtype=torch.bool) for name in names}
+    masks = everything(params, names)
     for epoch in range(epochs):
         left = params | {name: torch.where(mask, params[name], 0) for name, mask in masks.items()}
         found = {n: torch.where(masks[n], s, -math.inf) for n, s in scores(left, epoch).items()}

@@ -91,13 +91,26 @@ def test_every_model_of_the_configuration_takes_the_bottleneck_before_its_head(n
     assert [b.nbytes for k, b in buffers.items() if k.endswith("bottleneck.noise")] == [0]
 
 
-def test_the_weights_of_the_new_layers_start_as_the_model_says() -> None:
+@pytest.mark.parametrize("init", ["default", "uniform_half", "kaiming_normal"])
+def test_the_new_layers_start_as_torchs_linear_layers_do_and_all_others_as_without_a_defense(init: str) -> None:
     settings: dict[str, Any] = {"input_shape": (1, 28, 28), "num_classes": 10, "mean": [0.5], "std": [0.5]}
-    model = build_victim(partial(lenet_zhu), init="uniform_half", prepare=PRECODE().prepare_model, **settings)
-    for layer in ("encoder", "decoder"):
-        weight = model.initial()[0][f"fc.bottleneck.{layer}.weight"]
-        assert 0.49 < float(weight.abs().max()) <= 0.5
-        assert float(weight.std()) == pytest.approx(1 / math.sqrt(12), rel=0.01)
+    made = build_victim(partial(lenet_zhu), init=init, prepare=PRECODE().prepare_model, **settings).initial()[0]
+    plain = build_victim(partial(lenet_zhu), init=init, **settings).initial()[0]
+    assert all(torch.equal(made[name.replace("fc.", "fc.head.")], value) for name, value in plain.items())
+    for layer, inputs in (("encoder", 588), ("decoder", 256)):
+        for kind in ("weight", "bias"):
+            values = made[f"fc.bottleneck.{layer}.{kind}"]
+            assert 0.98 < float(values.abs().max()) * math.sqrt(inputs) <= 1.0001
+            assert float(values.std()) * math.sqrt(3 * inputs) == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("init", ["default", "uniform_half"])
+def test_the_first_scores_of_a_model_with_a_bottleneck_are_of_the_size_that_its_head_gives_features(init: str) -> None:
+    """Layers from U(-0.5, 0.5) would multiply features by 12 and then by 9, and one step would throw the scores far."""
+    settings: dict[str, Any] = {"input_shape": (1, 28, 28), "num_classes": 10, "mean": [0.5], "std": [0.5]}
+    model = build_victim(partial(lenet_zhu), init=init, prepare=PRECODE().prepare_model, **settings)
+    images = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert float(model.logits(*model.initial(), images)[0].abs().max()) < 10
 
 
 class Ends(nn.Module):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import heapq
+import itertools
 import math
 from typing import Any
 
@@ -19,9 +22,10 @@ from gia_bench.pruning.base import Pruning, Trained
 from gia_bench.pruning.erk import erk_counts
 from gia_bench.pruning.feddst import FedDST
 from gia_bench.pruning.grasp import GraSP, grasp_scores
+from gia_bench.pruning.initial import InitialPruning, has_settled
 from gia_bench.pruning.prunefl import PruneFL, worthwhile
 from gia_bench.pruning.random_mask import RandomMask
-from gia_bench.pruning.scores import above_threshold, prunable, pruned_in_steps, public_batches
+from gia_bench.pruning.scores import above_threshold, mean_loss, prunable, pruned_in_steps, public_batches
 from gia_bench.pruning.snip import SNIP, snip_scores
 from gia_bench.pruning.synflow import SynFlow, synflow_scores
 from gia_bench.seeding import seeded, stream
@@ -122,6 +126,26 @@ def test_a_snip_score_is_the_derivative_by_an_explicit_mask() -> None:
     for name in names:
         torch.testing.assert_close(got[name], by_mask[name].abs() / whole)
     assert sum(float(s.sum()) for s in got.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["weights", "biases too"])
+def test_snips_scores_of_a_round_of_the_public_examples_are_those_of_the_public_examples(bias: bool) -> None:
+    """Both ways of SNIP meet where the clients' mean update is the gradient on the public examples."""
+    model, public = victim(norm=True), Public()
+    params, buffers = model.initial()
+    [batch] = public_batches(public, CLASSES, 0)
+    update = torch.func.grad(lambda p: mean_loss(model, p, buffers, batch))(params)
+    later = SNIP(scored_on="first_round", prune_bias=bias)
+    masks = later.start(model, public)
+    assert all(bool(m.all()) for m in masks.values())
+    assert later.strength(0) is not None and later.strength(1) is None and SNIP().strength(0) is None
+    stepped = {k: p - 3 * update[k] for k, p in params.items()}
+    # FedAvg's update is a gradient times a learning rate
+    for factor in (1.0, 0.01):
+        scores = later.judge(model, {k: factor * u for k, u in update.items()})
+        got = later.adjust(stepped, masks, scores, 0.8)
+        expected = SNIP(prune_bias=bias).start(model, public)
+        assert got.keys() == expected.keys() and all(torch.equal(got[k], m) for k, m in expected.items())
 
 
 def test_graps_hessian_gradient_product_equals_finite_differences() -> None:
@@ -368,10 +392,88 @@ def test_prunefl_adds_up_squared_gradients_and_forgets_what_it_sent() -> None:
     assert sent.evidence["a"].tolist() == [110.0, 4.25] and sent.state["a"].tolist() == [0.0, 0.0]
 
 
+def initial_by_hand(model: Victim, method: PruneFL, data: list[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The initial stage with plain autograd, torch's SGD and a list of densities."""
+    stage, names = method.initial, prunable(model)
+    own = copy.deepcopy(model.module).train()
+    params = dict(own.named_parameters())
+    optimizer = torch.optim.SGD(own.parameters(), lr=stage.learning_rate)
+    masks = {n: torch.ones_like(params[n], dtype=torch.bool) for n in names}
+    sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in params.items()}
+    began, densities = None, []
+    for r in range(stage.rounds):
+        if began is None and r % 10 == 0:
+            own.eval()
+            right = sum(int((own(b.inputs).argmax(1) == b.labels).sum()) for b in data)
+            own.train()
+            if right / 24 >= stage.accuracy_factor / CLASSES:
+                began = r
+        for batch in data:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(own(batch.inputs), batch.labels).backward()  # type: ignore[no-untyped-call]
+            for n, p in params.items():
+                assert p.grad is not None
+                sums[n] += p.grad**2
+            optimizer.step()
+            for n, m in masks.items():
+                params[n].data[~m] = 0
+        if began is not None and r in range(began, stage.rounds, stage.interval):
+            masks = method.adjust({n: p.detach() for n, p in params.items()}, masks, sums, method.max_change)
+            sums = {n: torch.zeros_like(p) for n, p in params.items()}
+            for n, m in masks.items():
+                params[n].data[~m] = 0
+            densities.append(sum(int(m.sum()) for m in masks.values()))
+            last = densities[-stage.patience - 1 :]
+            if len(last) > stage.patience and all(
+                b * (1 - stage.tolerance) <= a <= b * (1 + stage.tolerance) for b, a in itertools.pairwise(last)
+            ):
+                break
+    return masks, {n: p.detach() for n, p in params.items()}
+
+
+STAGE = InitialPruning(rounds=25, batches=3, batch_size=8, interval=4, patience=2, accuracy_factor=1.0)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("tolerance", [0.0, 10.0], ids=["all rounds", "stopped"])
+def test_prunefls_initial_stage_is_that_of_plain_autograd_and_torchs_sgd(tolerance: float, norm: bool) -> None:
+    stage = dataclasses.replace(STAGE, tolerance=tolerance)
+    method = PruneFL(constant=1.0, communication=1e-3, initial=stage, density_limit=0.01)
+    model, public = victim(norm=norm), Public()
+    chosen = torch.randperm(60, generator=stream(0, "pruning", "initial"))[:24].split(8)
+    data = [Batch(public.images(rows), public.labels[rows], torch.ones(8)) for rows in chosen]
+    masks, params = initial_by_hand(model, dataclasses.replace(method, density_limit=None), data)
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    begun = method.begin(model, public)
+    assert all(torch.equal(begun.masks[n], m) for n, m in masks.items())
+    torch.testing.assert_close(begun.params, params)
+    kept = sum(int(m.sum()) for m in masks.values())
+    assert 0 < kept < sum(m.numel() for m in masks.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())
+
+
+def test_without_rounds_or_before_anything_is_learnt_nothing_is_pruned() -> None:
+    model, public = victim(), Public()
+    off = PruneFL().begin(model, public)
+    assert off.params == {} and all(bool(m.all()) for m in off.masks.values())
+    dull = PruneFL(initial=dataclasses.replace(STAGE, accuracy_factor=3.01)).begin(model, public)
+    assert all(bool(m.all()) for m in dull.masks.values())
+    assert not torch.equal(dull.params["0.weight"], model.initial()[0]["0.weight"])
+
+
+def test_a_size_has_settled_after_as_many_small_changes_in_a_row_as_asked_for() -> None:
+    assert not has_settled([], 0.1, 1) and not has_settled([0.5], 0.1, 1)
+    assert has_settled([0.5, 0.46], 0.1, 1) and not has_settled([0.5, 0.44], 0.1, 1)
+    assert not has_settled([0.9, 0.5, 0.5], 0.1, 2) and has_settled([0.9, 0.5, 0.5, 0.5], 0.1, 2)
+    assert not has_settled([0.5, 0.5, 0.6], 0.1, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: SNIP(density=0.0), "density=0.0 must lie in"),
+        (lambda: SNIP(scored_on="private"), "Choose one of: first_round, public"),
+        (lambda: SNIP(scored_on="first_round", epochs=3), "set epochs to 1, or take scored_on=public"),
         (lambda: RandomMask(density=1.5), "density=1.5 must lie in"),
         (lambda: SynFlow(epochs=0), "epochs=0"),
         (lambda: GraSP(schedule="cosine"), "Choose one of: exponential, linear"),
@@ -385,6 +487,14 @@ def test_prunefl_adds_up_squared_gradients_and_forgets_what_it_sent() -> None:
         (lambda: PruneFL(density_limit=0.0), "density_limit=0.0"),
         (lambda: PruneFL(computation=[1.0, 2.0]).start(victim(), Public()), "2 numbers, but the model has 3"),
         (lambda: SNIP().start(victim(), Public(29)), "30 public examples"),
+        (lambda: PruneFL(initial=STAGE).check_public("test"), "set public.split=train"),
+        (lambda: InitialPruning(rounds=-1), "initial.rounds=-1"),
+        (lambda: InitialPruning(patience=0), "initial.patience=0"),
+        (lambda: InitialPruning(learning_rate=0.0), "initial.learning_rate=0.0"),
+        (
+            lambda: PruneFL(initial=InitialPruning(rounds=1)).begin(victim(), Public(199)),
+            "trains on 200 public examples",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused_with_a_sentence(make: Any, message: str) -> None:
