@@ -33,9 +33,20 @@ def launch(*attacks: str) -> list[str]:
 def settings() -> Iterator[list[str]]:
     """The words of every run."""
     yield launch(*ANY_BATCH, "cpl", "idlg")
+    for threat, adaptive in (("curious_server_labels", []), ("adaptive_labels", ["inverting_gradients_adaptive"])):
+        for defense in ("none", "top_k", "dgp"):
+            if (threat, defense) != ("curious_server_labels", "none"):
+                yield [
+                    f"threat={threat}",
+                    f"defense={defense}",
+                    *launch("dlg", "inverting_gradients", "gia", "sgi", *adaptive),
+                ]
     for model, attack in (("mlp", "analytic"), ("cnn6", "rgap"), ("vit_april", "april")):
         # U(-0.5, 0.5) saturates wide layers: a client that is right already would send zeros
         yield [f"model={model}", "model.normalize=true", "model.init=default", *launch(attack)]
+    yield launch("sgi")
+    for batch_size in (2, 4, 8):
+        yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}"]
     for checkpoint in ("model.checkpoint=null", TRAINED):
         # in evaluation mode, as Geiping et al. attack; the attacked update is the one trained with
         yield [
@@ -46,17 +57,6 @@ def settings() -> Iterator[list[str]]:
             "attack=[inverting_gradients]",
             "attack.inverting_gradients.steps=500",  # of a network with a hundred times LeNet's work
         ]
-    for threat, adaptive in (("curious_server_labels", []), ("adaptive_labels", ["inverting_gradients_adaptive"])):
-        for defense in ("none", "top_k", "dgp"):
-            if (threat, defense) != ("curious_server_labels", "none"):
-                yield [
-                    f"threat={threat}",
-                    f"defense={defense}",
-                    *launch("dlg", "inverting_gradients", "gia", "sgi", *adaptive),
-                ]
-    yield launch("sgi")
-    for batch_size in (2, 4, 8):  # the longest last
-        yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}"]
 
 
 def main() -> None:
