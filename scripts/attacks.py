@@ -76,7 +76,13 @@ def main() -> None:
     print(f"{len(failed)} runs failed", *failed, sep="\n")
     report = ["-c", "from gia_bench.report.app import main; main()", f"runs=[{chosen.outputs}/attacks]"]
     subprocess.run(
-        [sys.executable, *report, "table=attacks", f"output={chosen.report or f'{chosen.outputs}/attacks/report'}"],
+        [
+            sys.executable,
+            *report,
+            "table=attacks",
+            "figure=[reconstructions]",
+            f"output={chosen.report or f'{chosen.outputs}/attacks/report'}",
+        ],
         check=True,
     )
 

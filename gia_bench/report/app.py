@@ -23,23 +23,28 @@ from gia_bench.report.tables import TableSpec, build
 
 
 def report(folders: list[Path], spec: TableSpec | None, figures: list[FigureSpec], output: Path) -> list[Path]:
-    """Print the table, write it as Markdown and CSV, draw the figures as PNG; the files written.
+    """Print the table, write it as Markdown and CSV, draw the figures as PNG; the files written. A figure that cannot
+    be drawn takes nothing from what stands before it.
 
     Raises ``MissingCellError`` with the command to run where the records do not fill a cell, ``StorageError`` where
     there are no records or ``output`` cannot be written.
     """
     results = Results.load(folders)
-    files: dict[Path, bytes] = {}
+    written: list[Path] = []
+
+    def keep(name: str, content: bytes) -> None:
+        write_atomic(output / name, content)
+        written.append(output / name)
+
     if spec is not None:
         table = build(spec, results)
         view = to_rich(table)
         wide_enough(Console(), view).print(view)
-        files[output / f"{spec.name}.md"] = to_markdown(table).encode()
-        files[output / f"{spec.name}.csv"] = to_csv(table).encode()
-    files |= {output / f"{figure.name}.png": _png(figure.draw(results)) for figure in figures}
-    for path, content in files.items():
-        write_atomic(path, content)
-    return list(files)
+        keep(f"{spec.name}.md", to_markdown(table).encode())
+        keep(f"{spec.name}.csv", to_csv(table).encode())
+    for figure in figures:
+        keep(f"{figure.name}.png", _png(figure.draw(results)))
+    return written
 
 
 def _png(figure: Figure) -> bytes:

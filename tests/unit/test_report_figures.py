@@ -19,6 +19,7 @@ from gia_bench.records.runs import write_status
 from gia_bench.report import app
 from gia_bench.report.figures import PrivacyUtility, ReconstructionGrid
 from gia_bench.report.results import MissingCellError, Results
+from gia_bench.report.tables import Column, TableSpec
 
 
 @pytest.fixture
@@ -157,6 +158,14 @@ def test_figures_refuse_what_they_cannot_draw() -> None:
         ReconstructionGrid(victims=0)
     with pytest.raises(ConfigError, match="Choose one of"):
         PrivacyUtility(metric="test_accuracy")
+
+
+def test_a_picture_that_cannot_be_drawn_takes_no_table_away(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "ra", leave_out=("test_accuracy",))
+    spec = TableSpec(name="leak", title="x", rows=("defense",), columns={"psnr": Column(metric="psnr_db", title="x")})
+    with pytest.raises(MissingCellError, match="test_accuracy"):
+        app.report([tmp_path / "runs"], spec, [PrivacyUtility()], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["leak.csv", "leak.md"]
 
 
 def test_the_command_prints_the_table_and_writes_all_files(
