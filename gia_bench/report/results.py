@@ -140,9 +140,10 @@ class Results:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What numbers depend on, by dotted path. Files below paths.data are the same wherever that is."""
+    """What numbers depend on, by dotted path. Files below paths.data are the same wherever that is, and a loop and
+    ``vmap`` give the same numbers."""
     leaves = dict(_leaves({key: value for key, value in config.items() if key not in _NEUTRAL}))
-    leaves.pop("dataset.download", None)
+    leaves = {k: v for k, v in leaves.items() if k != "dataset.download" and not k.startswith("fl.executor.")}
     data = str(_lookup(config, "paths.data"))
     return {key: value.removeprefix(data) if isinstance(value, str) else value for key, value in leaves.items()}
 

@@ -337,6 +337,15 @@ def test_unknown_keys_list_the_choices(tmp_path: Path) -> None:
             _table(tmp_path, **more)
 
 
+def test_runs_in_a_loop_and_under_vmap_are_of_one_condition(tmp_path: Path) -> None:
+    for run_id, seed, kind in (("ra", 0, "loop"), ("rb", 1, "vmap")):
+        make_run(tmp_path, run_id, seed=seed, config={"fl": {"executor": {"kind": kind}}})
+    assert "n=6" in to_markdown(_table(tmp_path))
+    make_run(tmp_path, "rc", seed=2, config={"fl": {"executor": {"kind": "vmap"}, "rounds": 9}})
+    with pytest.raises(ConfigError, match=r"fl\.rounds"):
+        _table(tmp_path)
+
+
 def test_a_setting_that_is_null_in_every_run_is_a_key(tmp_path: Path) -> None:
     make_run(tmp_path, "ra", settings={"own": None})
     table = _table(tmp_path, rows=("defense", "defense.own", "attack"))
