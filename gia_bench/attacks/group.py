@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.utils._pytree import tree_map
 
 from gia_bench.attacks.adaptive import Constraint, Informed
 from gia_bench.attacks.arithmetic import PLAIN, Arithmetic, Step
@@ -132,6 +133,16 @@ class Group:
                 gradients[k][victims, restarts] = g
         return loss, gradients
 
+    def losses(self, variables: Variables) -> Tensor:
+        """The losses [V, T] alone, for a third of the work; T: any number of candidates with the same labels."""
+        if not self.arithmetic.plain:  # one program for both, so that they can be compared
+            return self.evaluate(variables)[0]
+        V, T = variables["pixels"].shape[:2]
+        loss = variables["pixels"].new_empty(V, T)
+        for victims, restarts in _chunks(V, T, self.max_batch):
+            loss[victims, restarts] = self._mapped(self.loss, *self._own(variables, victims, restarts))
+        return loss
+
     @torch.no_grad()
     def fitted(self, variables: Variables, free: int | None = None) -> Group:
         """With the largest ``max_batch`` for ``free`` bytes (None: what the device has left now), by the tensors that
@@ -146,32 +157,44 @@ class Group:
         """With steps by ``arithmetic``, after it has been compared with the plain one on the guesses ``start`` in the
         chunks that will be used. Raises ``ConfigError`` where they differ, or where it cannot be had here.
         """
-        plain = dataclasses.replace(self, step=PLAIN.step(self._map, start["pixels"]))
+        plain = dataclasses.replace(self, step=PLAIN.step(self._step, start["pixels"]))
         if arithmetic.plain:
             return plain
-        step = arithmetic.step(self._map, start["pixels"])
+        step = arithmetic.step(self._step, start["pixels"])
         other = dataclasses.replace(self, step=step, arithmetic=arithmetic)
         arithmetic.compare(plain.evaluate(start), other.evaluate(start))
         return other
 
     def _part(self, variables: Variables, victims: slice | Tensor, restarts: slice) -> tuple[Variables, Tensor]:
         """Gradients and losses of some victims and restarts."""
+        step = self._step if self.step is None else self.step
+        return step(*self._own(variables, victims, restarts))
+
+    def _own(self, variables: Variables, victims: slice | Tensor, restarts: slice) -> tuple[Variables, Seen]:
+        """What belongs to some victims and restarts."""
         T = variables["pixels"].shape[1]
         seen = Seen(*({k: v[victims] for k, v in s.items()} for s in self.seen))
-        own = {k: v.expand(-1, T, -1)[:, restarts] for k, v in seen.labels.items()}
-        step = self._map if self.step is None else self.step
-        return step({k: v[victims, restarts] for k, v in variables.items()}, seen._replace(labels=own))
+        labels = {k: v.expand(-1, T, -1)[:, restarts] for k, v in seen.labels.items()}
+        return {k: v[victims, restarts] for k, v in variables.items()}, seen._replace(labels=labels)
 
-    def _map(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
+    def _step(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         # vmap(grad(loss)), never the gradient of vmap(loss): through BatchNorm in training mode the latter's second
         # derivative is silently wrong (torch 2.15); a test holds both against finite differences
-        one = grad_and_value(self.loss)
-        # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
-        axes = variables["pixels"].shape[:2]
-        buffers = {k: v.expand(*axes, *v.shape) for k, v in self.template.buffers.items()}
-        restarts = vmap(one, in_dims=(0, SHARED_BY_RESTARTS, 0))
-        result: tuple[Variables, Tensor] = vmap(restarts, in_dims=(0, 0, 0))(variables, seen, buffers)
+        result: tuple[Variables, Tensor] = self._mapped(grad_and_value(self.loss), variables, seen)
         return result
+
+    def _mapped(self, one: Callable[..., Any], variables: Variables, seen: Seen) -> Any:
+        """``one``, which is asked like ``loss``, for every candidate [V, T]."""
+        axes, buffers = variables["pixels"].shape[:2], self.template.buffers
+        if axes == (1, 1):
+            # vmap has other kernels, of which a single candidate of a wide network has no use
+            alone = Seen(*({k: v[0] for k, v in part.items()} for part in seen))
+            alone = alone._replace(labels={k: v[0] for k, v in alone.labels.items()})
+            return tree_map(lambda t: t[None, None], one({k: v[0, 0] for k, v in variables.items()}, alone, buffers))
+        # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
+        own = {k: v.expand(*axes, *v.shape) for k, v in buffers.items()}
+        restarts = vmap(one, in_dims=(0, SHARED_BY_RESTARTS, 0))
+        return vmap(restarts, in_dims=(0, 0, 0))(variables, seen, own)
 
 
 SHARED_BY_RESTARTS = Seen(None, None, None, 0)  # type: ignore[arg-type]

@@ -8,9 +8,8 @@ from typing import NamedTuple, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from gia_bench.attacks.group import SHARED_BY_RESTARTS, Group, Seen
+from gia_bench.attacks.group import Group
 from gia_bench.attacks.latent_priors import LatentPrior
 from gia_bench.attacks.optimizers import Evaluate, Variables
 from gia_bench.models.functional import Victim
@@ -122,27 +121,11 @@ class LatentGroup:
 
     def losses(self, render: Render, variables: Variables) -> Tensor:
         """The losses [V, T] alone, for a search without gradients; T: any number of candidates with the same labels."""
-        V, T = axes = _axes(variables)
+        axes = _axes(variables)
         with torch.no_grad():
             drawn = [_held(self._draw(render, *part)) for part in self._parts(variables, {})]
-            pixels, loss = (apart(torch.cat(column), axes) for column in zip(*drawn, strict=True))
-            size = self.group.max_batch or V * T
-            for victims in torch.split(torch.arange(V), max(size // T, 1)):
-                for columns in torch.split(torch.arange(T), min(T, size)):
-                    rows = slice(int(victims[0]), int(victims[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-                    loss[rows] += self._values(pixels[rows], rows[0])
-        return loss
-
-    def _values(self, pixels: Tensor, victims: slice) -> Tensor:
-        """The losses of pixels [v, t, B, C, H, W] of some victims."""
-        axes, group = pixels.shape[:2], self.group
-        one = vmap(vmap(group.loss, in_dims=(0, SHARED_BY_RESTARTS, 0)))
-        seen = Seen(*({k: v[victims] for k, v in part.items()} for part in group.seen))
-        labels = {k: v.expand(-1, axes[1], -1) for k, v in seen.labels.items()}
-        # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
-        buffers = {k: v.expand(*axes, *v.shape) for k, v in group.template.buffers.items()}
-        values: Tensor = one({"pixels": pixels}, seen._replace(labels=labels), buffers)
-        return values
+            pixels, penalty = (apart(torch.cat(column), axes) for column in zip(*drawn, strict=True))
+            return self.group.losses({"pixels": pixels}) + penalty
 
     def _parts(self, variables: Variables, fixed: Variables) -> list[tuple[Variables, Variables, Tensor]]:
         """Candidates, what is fixed of them and their classes, as many at a time as are evaluated at once."""

@@ -126,6 +126,7 @@ class GradientMatching(Attack):
         group = group.computed(self.arithmetic, start)
         search = Search(
             evaluate=group.evaluate,
+            losses=group.losses,
             push=self._push(seeds) if self.forces else None,
             optimizer=self.optimizer,
             schedule=self.schedule,

@@ -65,7 +65,8 @@ class Progress:
 class Search:
     """One search. push: what is added to the gradient of the pixels, asked once a step (None: nothing); clamp: applied
     to the variables after each step; stop_below: a candidate whose loss falls below stays as it is (None: never);
-    snapshot_every: steps between two looks from the host.
+    snapshot_every: steps between two looks from the host; losses: what ``evaluate`` gives, without the gradients, for
+    the last look (None: ``evaluate`` itself).
     """
 
     evaluate: Evaluate
@@ -76,6 +77,7 @@ class Search:
     steps: int
     stop_below: float | None
     snapshot_every: int
+    losses: Callable[[Variables], Tensor] | None = None
 
     @torch.no_grad()
     def run(self, start: Variables, snapshots: Snapshots, key: str) -> Progress:
@@ -89,8 +91,8 @@ class Search:
                 snapshots.save(key, now.pack())
                 if bool(now.frozen.all()):
                     break
-        loss, _ = self.evaluate(now.variables)  # the last step's result has not been looked at yet
-        return _keep_best(now, loss)
+        # the last step's result has not been looked at yet
+        return _keep_best(now, self.losses(now.variables) if self.losses else self.evaluate(now.variables)[0])
 
     def _begin(self, start: Variables) -> Progress:
         some = next(iter(start.values()))
