@@ -185,19 +185,25 @@ class Group:
 
     def _mapped(self, one: Callable[..., Any], variables: Variables, seen: Seen) -> Any:
         """``one``, which is asked like ``loss``, for every candidate [V, T]."""
-        axes, buffers = variables["pixels"].shape[:2], self.template.buffers
-        if axes == (1, 1):
-            # vmap has other kernels, of which a single candidate of a wide network has no use
-            alone = Seen(*({k: v[0] for k, v in part.items()} for part in seen))
-            alone = alone._replace(labels={k: v[0] for k, v in alone.labels.items()})
-            return tree_map(lambda t: t[None, None], one({k: v[0, 0] for k, v in variables.items()}, alone, buffers))
+        V, T = variables["pixels"].shape[:2]
+
+        def victim(variables: Variables, seen: Seen, buffers: Buffers) -> Any:
+            def restart(variables: Variables, labels: dict[str, Tensor], buffers: Buffers) -> Any:
+                return one(variables, seen._replace(labels=labels), buffers)
+
+            return _mapped_over(T, restart)(variables, seen.labels, buffers)
+
         # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
-        own = {k: v.expand(*axes, *v.shape) for k, v in buffers.items()}
-        restarts = vmap(one, in_dims=(0, SHARED_BY_RESTARTS, 0))
-        return vmap(restarts, in_dims=(0, 0, 0))(variables, seen, own)
+        buffers = {k: v.expand(V, T, *v.shape) for k, v in self.template.buffers.items()}
+        return _mapped_over(V, victim)(variables, seen, buffers)
 
 
-SHARED_BY_RESTARTS = Seen(None, None, None, 0)  # type: ignore[arg-type]
+def _mapped_over(size: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for every row of its arguments. An axis of one is not mapped: every layer of vmap takes time with
+    every operation, and below none a wide network's kernels are faster."""
+    if size > 1:
+        return vmap(function)
+    return lambda *rows: tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], rows)))
 
 
 def _stack(dicts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
