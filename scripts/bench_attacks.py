@@ -48,12 +48,26 @@ def noise(model: Victim, count: int) -> list[Observation]:
     return observed(model, source.images(torch.arange(count)), source.labels)
 
 
+def work_of_a_step(model: Victim, seen: list[Observation], weight: float) -> float:
+    """Floating-point operations: what a second step adds, since the look at the last result costs less than a step."""
+
+    def work(steps: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            ours(matching(steps, weight), model, seen)()
+        return counter.get_total_flops()
+
+    return work(2) - work(1)
+
+
 def bench_attack(table: Table, victims: int = 64, steps: int = 50) -> None:
     """DLG's LeNet: one victim, its restarts, many victims, and breaching one by one."""
     model, weight = victim(lenet_zhu), 1e-4
     seen = noise(model, victims)
-    one = seconds(ours(matching(steps, weight), model, seen[:1]), repeats=3) / steps
-    four = seconds(ours(matching(steps, weight, restarts=4), model, seen[:1]), repeats=3) / steps
+    by_turns = [  # so that a change of the machine hits both
+        [seconds(ours(matching(steps, weight, restarts=r), model, seen[:1]), repeats=1) / steps for r in (1, 4)]
+        for _ in range(7)
+    ]
+    one, four = (median(column) for column in zip(*by_turns, strict=True))
     many = seconds(ours(matching(steps, weight), model, seen), repeats=3) / steps / victims
     name = "gradient matching, DLG-LeNet, cosine + TV"
     table.add_row(f"{name}: 1 victim", f"{1e3 * one:.2f} ms/step", "1.0x")
@@ -84,15 +98,12 @@ def bench_convnet(table: Table, steps: int = 10) -> None:
     for training in (False, True):
         model = victim(convnet, init="default", normalize=True, training=training)
         seen, weight = noise(model, 1), 1e-4
-        counter = FlopCounterMode(display=False)
-        with counter:
-            ours(matching(1, weight), model, seen)()
-        work = counter.get_total_flops() / 2 / 1e9  # one step, and one look at its result
+        work = work_of_a_step(model, seen, weight) / 1e9
         mine, other = [], []
-        for _ in range(3 if peer.installed() else 0):  # by turns, so that a change of the machine hits both
-            mine.append(seconds(ours(matching(steps, weight), model, seen), repeats=1) / (steps + 1))
-            other.append(seconds(theirs(steps, weight, model, seen), repeats=1) / (steps + 1))
-        took = median(mine or [seconds(ours(matching(steps, weight), model, seen), repeats=3) / (steps + 1)])
+        for _ in range(5 if peer.installed() else 0):  # by turns, so that a change of the machine hits both
+            mine.append(seconds(ours(matching(steps, weight), model, seen), repeats=1) / steps)
+            other.append(seconds(theirs(steps, weight, model, seen), repeats=1) / steps)
+        took = median(mine or [seconds(ours(matching(steps, weight), model, seen), repeats=3) / steps])
         mode = "training" if training else "evaluation"
         table.add_row(
             f"ConvNet64 ({mode} mode), one victim: {work:.1f} GFLOP a step",
@@ -163,15 +174,12 @@ def bench_gpu(table: Table, victims: int = 64, steps: int = 50) -> None:
     for name, network in (("ConvNet64", convnet), ("ResNet-18", resnet)):
         model, weight = victim(network, init="default", normalize=True, training=False), 1e-4
         seen = noise(model, victims)
-        counter = FlopCounterMode(display=False)
-        with counter:
-            ours(matching(1, weight), model, seen[:1])()
-        work = counter.get_total_flops() / 2 / 1e12
+        work = work_of_a_step(model, seen[:1], weight) / 1e12
         best = float("inf")
         for arithmetic in [Arithmetic(compile=c, precision=p) for p in ("fp32", "tf32", "bf16") for c in (False, True)]:
             attack = matching(steps, weight, arithmetic=arithmetic)
             torch.cuda.reset_peak_memory_stats()
-            took = seconds(ours(attack, model, seen), repeats=2) / (steps + 1) / victims
+            took = seconds(ours(attack, model, seen), repeats=2) / steps / victims
             best = took if arithmetic == PLAIN else best
             table.add_row(
                 f"{name}, {victims} victims at once, {arithmetic.precision}, compile={arithmetic.compile}",
@@ -182,7 +190,7 @@ def bench_gpu(table: Table, victims: int = 64, steps: int = 50) -> None:
             table.add_row("the same by breaching", ABSENT, "")
             continue
         few = seen[:4]  # one by one, so that four say what sixty-four would
-        single = seconds(theirs(steps, weight, model, few), repeats=1) / (steps + 1) / len(few)
+        single = seconds(theirs(steps, weight, model, few), repeats=1) / steps / len(few)
         table.add_row(
             f"breaching {peer.installed()}, the same, one by one", f"{1e3 * single:.2f} ms/victim and step",
             f"ours (fp32) {single / best:.1f}x faster",

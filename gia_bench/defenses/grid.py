@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gia_bench.values import Noise, Params, Update
+from gia_bench.values import Update
 
 _LOW_BITS = 8
 
@@ -35,11 +35,6 @@ def on_grid(u: Tensor, unit: Tensor, levels: int, uniform: Tensor | None) -> Ten
     whole = multiples.round() if uniform is None else (multiples + uniform.to(u.device, u.dtype)).floor()
     # adding 0 turns -0.0 into 0.0
     return (whole.clamp(-levels, levels) + 0.0) * unit
-
-
-def rounding_noise(like: Params, generator: torch.Generator) -> Noise:
-    """Uniform numbers in [0, 1), float32 on the CPU, by parameter name."""
-    return {name: torch.rand(param.shape, generator=generator) for name, param in like.items()}
 
 
 def euclidean(update: Update) -> dict[str, Tensor]:

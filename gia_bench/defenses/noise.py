@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
+from gia_bench.defenses.draws import laplace
 from gia_bench.errors import ConfigError
 from gia_bench.values import Batch, Noise, Params, Shared, State, Update
 
@@ -78,15 +79,7 @@ class LaplaceNoise(Defense):
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Laplace(0, 1) numbers, float32 on the CPU, by parameter name."""
-
-        def laplace(param: torch.Tensor) -> torch.Tensor:
-            # half of the uniform numbers for each sign; what is left is below 1, so that the logarithm is finite
-            twice = torch.rand(param.shape, generator=generator).mul_(2)
-            positive = twice >= 1
-            exponential = twice.frac_().neg_().log1p_()
-            return torch.where(positive, -exponential, exponential)
-
-        return {name: laplace(param) for name, param in like.items()}
+        return laplace(like, generator)
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
@@ -114,7 +107,7 @@ class _Laplace:
 
 
 def _noisy(update: Update, noise: Noise, scale: float) -> Update:
-    return {name: u + scale * noise[name].to(u.device, u.dtype) for name, u in update.items()}
+    return {name: u.add(noise[name].to(u.device, u.dtype), alpha=scale) for name, u in update.items()}
 
 
 def _check(name: str, variance: float | None, scale: float | None) -> None:

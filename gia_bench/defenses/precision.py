@@ -8,7 +8,8 @@ from typing import final
 import torch
 
 from gia_bench.defenses.base import Client, Defense
-from gia_bench.defenses.grid import on_grid, rounding_noise, unit_above
+from gia_bench.defenses.draws import uniform
+from gia_bench.defenses.grid import on_grid, unit_above
 from gia_bench.defenses.selection import check_scope
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Params, Shared, State, Update
@@ -73,7 +74,7 @@ class Int8(Defense):
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Stochastic rounding's uniform numbers in [0, 1), float32 on the CPU, by parameter name; else nothing."""
-        return rounding_noise(like, generator) if self.rounding == "stochastic" else {}
+        return uniform(like, generator) if self.rounding == "stochastic" else {}
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

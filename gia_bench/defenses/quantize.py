@@ -9,7 +9,8 @@ import torch
 
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.checks import check
-from gia_bench.defenses.grid import euclidean, on_grid, rounding_noise, unit_above
+from gia_bench.defenses.draws import uniform
+from gia_bench.defenses.grid import euclidean, on_grid, unit_above
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Params, Shared, State, Update
 from gia_bench.wire import Codec, Codes, Narrow, Signs
@@ -39,7 +40,7 @@ class QSGD(Defense):
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Uniform numbers in [0, 1), float32 on the CPU, by parameter name."""
-        return rounding_noise(like, generator)
+        return uniform(like, generator)
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
