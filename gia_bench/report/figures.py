@@ -15,6 +15,7 @@ from gia_bench.errors import ConfigError, choices
 from gia_bench.metrics.statistics import STATISTICS
 from gia_bench.records.images import ImagePair, load_images
 from gia_bench.records.schema import METRICS
+from gia_bench.report.callouts import callouts
 from gia_bench.report.control import check_control
 from gia_bench.report.results import MissingCellError, Results
 
@@ -123,13 +124,13 @@ class PrivacyUtility:
         axes.plot(*zip(*along, strict=True), color="0.7", zorder=1, label="Pareto front")
         for number, (label, (leak, accuracy)) in enumerate(points.items(), start=1):
             # named beside the axes: names at crowded points would cover each other
-            axes.scatter(leak, accuracy, zorder=2, label=f"{number}  {label}")
-            axes.annotate(str(number), (leak, accuracy), textcoords="offset points", xytext=(4, 3), fontsize=7)
+            axes.scatter(leak, accuracy, s=22, zorder=2, label=f"{number}  {label}")
         unit = f" [{METRICS[self.metric].unit}]" if METRICS[self.metric].unit else ""
         way = METRICS[self.metric].better_for_defender
         axes.set(xlabel=f"{self.metric}{unit}, strongest attack ({way} is more private)", ylabel="test accuracy")
         axes.margins(0.15)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+        _number(figure, axes, list(points.values()))
         return figure
 
     def points(self, results: Results) -> dict[str, tuple[float, float]]:
@@ -195,3 +196,15 @@ def _row(axes: Sequence[Axes], label: str, images: Tensor, captions: Sequence[st
         axis.set_frame_on(True)
         axis.set_xlabel(caption, fontsize=8, labelpad=2)
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+
+
+def _number(figure: Figure, axes: Axes, points: list[tuple[float, float]]) -> None:
+    """A number at every point, in their order, with a line to it where others left no room beside it."""
+    figure.draw_without_rendering()  # only then is it known where the points are
+    scale = 72 / figure.dpi
+    where = [(scale * x, scale * y) for x, y in axes.transData.transform(points)]
+    for number, (point, at, spot) in enumerate(zip(points, where, callouts(where), strict=True), start=1):
+        axes.annotate(
+            str(number), point, textcoords="offset points", xytext=(spot[0] - at[0], spot[1] - at[1]), fontsize=7,
+            ha="center", va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "0.5", "shrinkB": 2},
+        )  # fmt: skip

@@ -94,7 +94,9 @@ def _text(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
         + [_cell(cells[name], column, notes) for name, column in columns.items()]
         for keys, cells in table.rows
     ]
-    return header, body, [LEGEND, *notes.lines(), *table.notes]
+    by_t = [c.title for c in columns.values() if c.interval == "student_t"]
+    of_means = [f"{', '.join(by_t)}: 95 % interval of the mean by Student's t over n runs."] if by_t else []
+    return header, body, [LEGEND, *of_means, *notes.lines(), *table.notes]
 
 
 def _cell(cell: Cell, column: Column, notes: _Footnotes) -> str:

@@ -25,7 +25,8 @@ class Column:
 
     statistic: median or mean, over all records of a cell; round: those of the row's round ("row"), of all rounds, or
     the last one of each run; attack: only of this attack (None: the row's); show: number, percent, bytes or seconds,
-    with ``digits``; interval: whether to show the 95 % interval and the number of victims; dense: the metric of the
+    with ``digits``; interval: whether to show the 95 % interval and the number of victims, or "student_t" for that
+    interval of a mean over seeds; dense: the metric of the
     bytes without compression, to show what is saved. Raises ``ConfigError`` for a name that does not exist.
     """
 
@@ -36,7 +37,7 @@ class Column:
     attack: str | None = None
     show: str = "number"
     digits: int = 2
-    interval: bool = False
+    interval: bool | str = False
     dense: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,6 +50,12 @@ class Column:
         ):
             if got not in known:
                 raise ConfigError(choices(f"column {self.title}: {name}", got, known))
+        if self.interval not in (False, True, "student_t"):
+            raise ConfigError(
+                f"column {self.title}: interval={self.interval!r} is not known. Choose one of: false, student_t, true."
+            )
+        if self.interval == "student_t" and self.statistic != "mean":
+            raise ConfigError(f"column {self.title}: interval=student_t is of a mean; take statistic=mean.")
 
 
 @final
@@ -174,7 +181,12 @@ def _cell(spec: TableSpec, results: Results, own: pd.DataFrame, row: dict[str, A
     failed, unavailable = (measured[measured["status"] == status] for status in ("failed", "unavailable"))
     dense = _of(records, column.dense, column)["value"].dropna() if column.dense else values.iloc[:0]
     return Cell(
-        summary=summarize(values.tolist(), statistic=column.statistic, num_failed=len(failed)),
+        summary=summarize(
+            values.tolist(),
+            statistic=column.statistic,
+            num_failed=len(failed),
+            interval="student_t" if column.interval == "student_t" else "bootstrap",
+        ),
         num_failed=len(failed),
         num_unavailable=len(unavailable),
         dense=None if dense.empty else float(STATISTICS[column.statistic](dense)),

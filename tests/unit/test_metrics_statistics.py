@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import ttest_1samp
 
 from gia_bench.errors import ConfigError
 from gia_bench.metrics import paired_difference, summarize
@@ -53,3 +54,16 @@ def test_unknown_statistics_and_values_that_are_no_numbers_are_refused() -> None
         summarize([1.0], statistic="mode")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not finite"):
         summarize([1.0, math.nan])
+
+
+def test_the_interval_of_a_mean_over_seeds_is_students() -> None:
+    values = [0.70, 0.71, 0.75]
+    found = summarize(values, statistic="mean", interval="student_t")
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    alone = summarize([0.7], statistic="mean", interval="student_t")
+    assert alone is not None
+    assert alone.low is None
+    with pytest.raises(ConfigError, match="of a mean"):
+        summarize(values, interval="student_t")
