@@ -65,12 +65,15 @@ def main() -> None:
             if ended.returncode:
                 failed.append(" ".join(words))
     print(f"{len(failed)} runs failed", *failed, sep="\n")
-    table = "standard" if name == "defenses_standard" else "defenses"
+    table, attack = ("standard", "standard") if name == "defenses_standard" else ("defenses", "inverting_gradients")
     report = ["-c", "from gia_bench.report.app import main; main()", f"runs=[{chosen.outputs}/{name}]"]
-    subprocess.run(
-        [sys.executable, *report, f"table={table}", f"output={chosen.report or f'{chosen.outputs}/{name}/report'}"],
-        check=True,
-    )
+    pictures = [
+        "figure.reconstructions.clients=5",
+        f"+figure.reconstructions.filters.attack=[{attack}]",
+        f"+figure.reconstructions.filters.seed=[{chosen.seeds.split(',')[0]}]",
+    ]
+    output = f"output={chosen.report or f'{chosen.outputs}/{name}/report'}"
+    subprocess.run([sys.executable, *report, f"table={table}", *pictures, output], check=True)
 
 
 if __name__ == "__main__":
