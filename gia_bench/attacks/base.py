@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final
 
 from gia_bench.models.functional import Victim
@@ -44,6 +45,23 @@ class Forget:
 
 
 FORGET = Forget()
+
+
+@final
+@dataclass(frozen=True)
+class Apart:
+    """``inner`` for one of several attacks that share it: equal settings and victims must not meet under one key."""
+
+    inner: Snapshots
+    name: str
+
+    def load(self, key: str) -> Mapping[str, Any] | None:
+        """Its own newest state."""
+        return self.inner.load(f"{self.name}-{key}")
+
+    def save(self, key: str, state: Mapping[str, Any]) -> None:
+        """Kept under its own name."""
+        self.inner.save(f"{self.name}-{key}", state)
 
 
 class Attack(ABC):

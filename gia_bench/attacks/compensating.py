@@ -43,6 +43,11 @@ class Compensating(Attack):
         return self.attack.personal
 
     @property
+    def remembers(self) -> bool:
+        """Whether the inner attack does."""
+        return self.attack.remembers
+
+    @property
     def max_examples(self) -> int | None:
         """The inner attack's."""
         return self.attack.max_examples

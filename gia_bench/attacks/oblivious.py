@@ -28,6 +28,11 @@ class Oblivious(Attack):
         return self.attack.requires | Knowledge.DEFENSE
 
     @property
+    def remembers(self) -> bool:
+        """Whether the inner attack does."""
+        return self.attack.remembers
+
+    @property
     def max_examples(self) -> int | None:
         """The inner attack's."""
         return self.attack.max_examples

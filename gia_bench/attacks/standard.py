@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from gia_bench.attacks.base import FORGET, Attack, Snapshots
+from gia_bench.attacks.base import FORGET, Apart, Attack, Snapshots
 from gia_bench.attacks.distances import Cosine, Distance
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.replay import LocalSteps, Replay
@@ -44,8 +44,9 @@ class Standard(Attack):
     distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it is
     known) and the observed one. No truth is in it. What choosing by truth would have given is recorded as ``oracle_``.
 
-    A member that needs what the threat model does not show, or cannot take the model or the number of examples, is left
-    out. Raises ``IncompatibleError`` where none is left, ``ConfigError`` for a member that needs a malicious server.
+    A member that needs what the threat model does not show, or cannot take the model, the update or the number of
+    examples, is left out. Raises ``IncompatibleError`` where none is left, ``ConfigError`` for a member that needs a
+    malicious server.
     """
 
     members: Mapping[str, Attack]
@@ -67,6 +68,11 @@ class Standard(Attack):
         """What every one of them needs; a member that needs more is left out where it is not shown."""
         return Knowledge.NUM_EXAMPLES
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a member does."""
+        return any(member.remembers for member in self.members.values())
+
     def check_victim(self, victim: Victim) -> None:
         """At least one member must take the model."""
         self._left(lambda member: _unfit(member, victim))
@@ -80,14 +86,22 @@ class Standard(Attack):
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
         found: list[dict[str, Reconstruction]] = [{} for _ in observations]
+        refused: dict[str, str | None] = {}
         # victims of one round look alike to the threat model, and may differ in their number of examples
         for count in dict.fromkeys(o.num_examples for o in observations):
             rows = [i for i, o in enumerate(observations) if o.num_examples == count]
             some, own = [observations[i] for i in rows], [seeds[i] for i in rows]
             for name, member in self._left(lambda m, first=some[0]: _refusal(m, first, victim)).items():  # type: ignore[misc]
-                rebuilt = member.reconstruct_many(some, victim, seeds=own, snapshots=snapshots)
+                try:
+                    rebuilt = member.reconstruct_many(some, victim, seeds=own, snapshots=Apart(snapshots, name))
+                except IncompatibleError as why:
+                    refused[name] = str(why)
+                    log.debug("attack standard goes without %s: %s", name, why)
+                    continue
                 for i, one in zip(rows, rebuilt, strict=True):
                     found[i][name] = dataclasses.replace(one, score=misfit(one, observations[i], victim))
+            if not found[rows[0]]:
+                raise IncompatibleError(_nobody(refused))
         return [_best(candidates) for candidates in found]
 
     def _left(self, refusal: Callable[[Attack], str | None]) -> dict[str, Attack]:
@@ -97,8 +111,7 @@ class Standard(Attack):
             if why is not None:
                 log.debug("attack standard goes without %s: %s", name, why)
         if not left:
-            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-            raise IncompatibleError(f"attack standard has no member that can attack here. {reasons}")
+            raise IncompatibleError(_nobody(refused))
         return left
 
 
@@ -129,6 +142,11 @@ def misfit(
 def _best(candidates: Mapping[str, Reconstruction]) -> Reconstruction:
     name = min(candidates, key=lambda n: candidates[n].score)
     return dataclasses.replace(candidates[name], alternatives=dict(candidates))
+
+
+def _nobody(refused: Mapping[str, str | None]) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+    return f"attack standard has no member that can attack here. {reasons}"
 
 
 def _refusal(member: Attack, observation: Observation, victim: Victim) -> str | None:

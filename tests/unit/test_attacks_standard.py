@@ -10,13 +10,17 @@ from typing import Any, final
 
 import pytest
 import torch
-from attack_problems import problem
+from attack_problems import Memory, problem
 from torch import Tensor
 
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
+from gia_bench.attacks.compensating import Compensating
+from gia_bench.attacks.distances import Cosine
 from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.joint import JointRounds
 from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.standard import Standard, misfit
+from gia_bench.attacks.wrapped import Layers
 from gia_bench.defenses.dgp import DGP
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.metrics import Metrics, evaluate
@@ -166,3 +170,37 @@ def test_an_oblivious_attacker_does_what_one_does_who_never_knew() -> None:
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(blind, plain, strict=True))
     assert not all(torch.equal(a.inputs, b.inputs) for a, b in zip(blind, adaptive, strict=True))
     assert Knowledge.DEFENSE in Oblivious(attack=attack).requires
+
+
+def test_members_with_equal_settings_never_share_a_state() -> None:
+    inner = inverting_gradients(steps=5, labels="known", snapshot_every=1)
+    plain = P.observations[0]
+    defense = DGP(k1=0.1, k2=0.5)
+    seen = dataclasses.replace(plain, update=_halved(plain.update), defense=defense, labels=P.labels[0])
+    ensemble = Standard(members={"knowing": inner, "oblivious": Oblivious(attack=inner)})
+    [once] = ensemble.reconstruct_many([seen], P.victim, seeds=[0])
+    [kept] = ensemble.reconstruct_many([seen], P.victim, seeds=[0], snapshots=Memory())
+    assert not torch.equal(once.alternatives["knowing"].inputs, once.alternatives["oblivious"].inputs)
+    for name, one in once.alternatives.items():
+        assert torch.equal(one.inputs, kept.alternatives[name].inputs)
+
+
+def test_wrappers_ask_for_the_earlier_rounds_that_the_inner_attack_wants() -> None:
+    one = inverting_gradients(steps=1)
+    joint = JointRounds(attack=one)
+    assert Oblivious(attack=joint).remembers
+    assert Compensating(attack=joint).remembers
+    assert Standard(members={"one": one, "joint": joint}).remembers
+    assert not Standard(members={"one": one}).remembers
+
+
+def test_a_member_that_finds_nothing_to_compare_is_left_out() -> None:
+    muted = inverting_gradients(steps=1, labels="known", distance=Layers(distance=Cosine(), layers="all_conv"))
+    seen = dataclasses.replace(P.observations[0], labels=P.labels[0])
+    head = dataclasses.replace(seen, update=dict(list(seen.update.items())[-2:]))
+    [found] = Standard(members={"muted": muted, "says": says(P.images[:1], labels=P.labels[:1])}).reconstruct_many(
+        [head], P.victim, seeds=[0]
+    )
+    assert list(found.alternatives or {}) == ["says"]
+    with pytest.raises(IncompatibleError, match="no member .* muted: layers=all_conv selects none"):
+        Standard(members={"muted": muted}).reconstruct_many([head], P.victim, seeds=[0])
