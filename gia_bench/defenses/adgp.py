@@ -53,6 +53,11 @@ class ADGP(Defense):
         """An empty residual."""
         return self.error_feedback.initial(like)
 
+    @property
+    def asks_a_leader(self) -> bool:
+        """Always: the mask is the leader's."""
+        return True
+
     def announce(
         self,
         like: Params,

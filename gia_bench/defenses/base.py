@@ -106,6 +106,16 @@ class Defense(ABC):
         """What computes one client's local gradients once ``shared`` is announced: itself, unless they depend on it."""
         return self
 
+    @property
+    def asks_a_leader(self) -> bool:
+        """Whether it announces what one client would send, before any protection (ADGP)."""
+        return False
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether it computes the local gradients in a way of its own."""
+        return type(self).gradient is not Defense.gradient
+
     def seen(self) -> State:
         """What this object, as ``informed`` made it, noted while it computed one client's gradients."""
         return {}
@@ -143,8 +153,11 @@ class Defense(ABC):
     ) -> tuple[Update, State]:
         """What the client sends instead of ``update``, and its next state. All loss of information happens here."""
 
-    def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
-        """The server's use of the weighted mean, once a round."""
+    def compensate(
+        self, aggregate: Update, server_state: State, shared: Shared, shares: Sequence[float]
+    ) -> tuple[Update, State]:
+        """The server's use of the weighted mean, once a round. shares: the weights of the clients that are in it, which
+        add up to 1."""
         return aggregate, server_state
 
     def settle(self, params: Params, server_state: State) -> tuple[Params, State]:

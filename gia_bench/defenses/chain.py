@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeVar, final
 
 import torch
@@ -12,19 +13,22 @@ from torch import Tensor, nn
 
 from gia_bench.defenses.ats import ATS
 from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense, NoiseLaw
+from gia_bench.defenses.client_dp import ClientDP
 from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.mixup import InstaHide, MixUp
 from gia_bench.defenses.none import NoDefense
 from gia_bench.defenses.precode import PRECODE
-from gia_bench.errors import ConfigError
+from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Payload, Shared, State, Update
-from gia_bench.wire import ALIGNED, DENSE, Codec, places
+from gia_bench.wire import DENSE, Codec, places
 
 KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD, PRECODE, ATS, MixUp, InstaHide)
 """Of the defenses that pack densely: those that send zero where they are given zero."""
+
+CLIPS = (ClipUpdate, ClientDP)
 
 Values = TypeVar("Values", Shared, State, Noise)
 
@@ -38,9 +42,10 @@ class Chain(Defense):
     ``0.residual.<parameter>``. A stage's random numbers do not depend on those of the stages before it, and the first
     stage draws what it would draw alone. What several stages measure under one name is the last one's.
 
-    Raises ``ConfigError`` for no stage at all, for an announcing stage (ADGP) that is not the first (its leader is
-    asked for the update before any protection), for two stages that both compute the gradient (DP-SGD,
-    PRECODE), and where a stage after an aligned one could write off the announced mask.
+    Raises ``ConfigError`` for no stage at all and for a chain in a chain, and ``IncompatibleError`` for a wrong order:
+    a stage whose leader is asked for the update before any protection (ADGP) that is not the first; two that compute
+    the gradient (DP-SGD, PRECODE, Outpost); noise before what clips it away; ATS after the mixing that it cannot take
+    apart; and a stage that fills, after one that packs what few bits can hold, the places where nothing should travel.
     """
 
     stages: Mapping[str, Defense]
@@ -50,22 +55,25 @@ class Chain(Defense):
         names, stages = list(self.stages), self.parts
         if not stages:
             raise ConfigError("defense chain: stages is empty; name at least one, or use defense=none.")
-        announcing = [n for n, s in zip(names, stages, strict=True) if type(s).announce is not Defense.announce]
-        if announcing and announcing != names[:1]:
-            raise ConfigError(
-                f"defense chain: {announcing[-1]} announces what its leader would send without protection, so it must "
-                f"be the only announcing stage and the first, but the order is {', '.join(names)}; put it first."
+        for name, stage in self.stages.items():
+            if isinstance(stage, Chain):
+                raise ConfigError(f"defense chain: {name} is a chain itself; write its stages in its place.")
+        order = f"the order is {', '.join(names)}"
+        led = [n for n, s in self.stages.items() if s.asks_a_leader]
+        if led and led != names[:1]:
+            raise IncompatibleError(
+                f"defense chain: {led[-1]} announces what its leader would send without protection, so it must be the "
+                f"only such stage and the first, but {order}; put it first."
             )
-        computing = [n for n, s in zip(names, stages, strict=True) if type(s).gradient is not Defense.gradient]
+        computing = [n for n, s in self.stages.items() if s.own_gradients]
         if len(computing) > 1:
-            raise ConfigError(f"defense chain: {' and '.join(computing)} both compute the gradient; keep one of them.")
-        packing = self._packing
-        for name, stage in list(self.stages.items())[packing + 1 :]:
-            if stages[packing].codec is ALIGNED and not isinstance(stage, KEEP_ZEROS):
-                raise ConfigError(
-                    f"defense chain: {name} comes after {names[packing]} and would write off its announced mask, where "
-                    "nothing can travel; put a defense without an announced mask there (dgp instead of adgp)."
-                )
+            raise IncompatibleError(
+                f"defense chain: {' and '.join(computing)} both compute the gradient; keep one of them."
+            )
+        for (first, early), (second, late) in combinations(self.stages.items(), 2):
+            why = _wrong(early, late)
+            if why is not None:
+                raise IncompatibleError(f"defense chain: {second} comes after {first}, {why}, but {order}.")
 
     @property
     def parts(self) -> tuple[Defense, ...]:
@@ -76,7 +84,7 @@ class Chain(Defense):
     def codec(self) -> Codec:
         """The last stage's that packs otherwise than densely: its update is what later stages still shape.
 
-        Sparse and narrow codecs lose nothing whatever comes after them, they only save less: after noise, nothing.
+        Sparse and narrow codecs lose nothing whatever comes after them, they only save less.
         """
         return _Within(self._packing, self.parts[self._packing].codec)
 
@@ -120,14 +128,28 @@ class Chain(Defense):
         draw: torch.Generator,
         ask: AskClient,
     ) -> Shared:
-        """The first stage's announcement; no other one has any."""
+        """All stages' announcements; only the first may ask a leader."""
 
         def ask_first(position: int) -> tuple[Update, State]:
             update, state = ask(position)
             return update, _part(state, 0)
 
-        first, state = self.parts[0], _part(server_state, 0)
-        return _together([first.announce(like, state, round_index, num_clients, draw, ask_first)])
+        return _together(
+            [
+                stage.announce(like, _part(server_state, i), round_index, num_clients, draw, ask_first)
+                for i, stage in enumerate(self.parts)
+            ]
+        )
+
+    @property
+    def asks_a_leader(self) -> bool:
+        """Whether the first stage does."""
+        return self.parts[0].asks_a_leader
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether a stage has."""
+        return any(stage.own_gradients for stage in self.parts)
 
     def informed(self, shared: Shared) -> Defense:
         """Every stage by its own announcement."""
@@ -156,7 +178,7 @@ class Chain(Defense):
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
     ) -> tuple[Update, Buffers, Tensor]:
         """By the stage that has its own way, or plainly."""
-        own = (i for i, s in enumerate(self.parts) if type(s).gradient is not Defense.gradient)
+        own = (i for i, s in enumerate(self.parts) if s.own_gradients)
         chosen = next(own, 0)
         return self.parts[chosen].gradient(loss, params, batch, _part(noise, chosen), step)
 
@@ -170,11 +192,13 @@ class Chain(Defense):
             states.append(after)
         return update, _together(states)
 
-    def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
+    def compensate(
+        self, aggregate: Update, server_state: State, shared: Shared, shares: Sequence[float]
+    ) -> tuple[Update, State]:
         """Compensated by all stages, the last one first."""
         states: list[State] = []
         for i, stage in reversed(list(enumerate(self.parts))):
-            aggregate, after = stage.compensate(aggregate, _part(server_state, i), _part(shared, i))
+            aggregate, after = stage.compensate(aggregate, _part(server_state, i), _part(shared, i), shares)
             states.insert(0, after)
         return aggregate, _together(states)
 
@@ -196,7 +220,7 @@ class Chain(Defense):
     def violation(self, update: Update, observation: Observation) -> Tensor:
         """The stages' sum, each for the update that the stages before it would have made of the dummy.
 
-        All look at what was observed in the end: behind noise nothing is missing, so nothing is violated.
+        All look at what was observed in the end.
         """
         found = []
         for i, stage in enumerate(self.parts):
@@ -223,6 +247,17 @@ class Chain(Defense):
         for i, stage in enumerate(self.parts):
             measured |= stage.measure(_part(state, i))
         return measured
+
+
+def _wrong(early: Defense, late: Defense) -> str | None:
+    """Why ``late`` may not come after ``early``, wherever in between others stand; None where it may."""
+    if isinstance(late, CLIPS) and early.noise_law() is not None:
+        return "and would clip the noise with the update, so that neither is what was set: clip first"
+    if isinstance(late, ATS) and isinstance(early, MixUp | InstaHide):
+        return "and would transform a mixture of images: transform first"
+    if early.codec is not DENSE and late.codec is DENSE and not isinstance(late, KEEP_ZEROS):
+        return "and would fill what it empties, so that nothing is saved: put what packs last"
+    return None
 
 
 @final

@@ -8,10 +8,11 @@ from typing import final
 
 import torch
 
-from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.defenses.dp_accounting import Mechanism, check_budget
+from gia_bench.defenses.noise import Gaussian
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 
 
@@ -57,6 +58,11 @@ class ClientDP(Defense):
         short = clipped(update, self.max_norm)
         return {name: u + sigma * noise[name].to(u.device, u.dtype) for name, u in short.items()}, state
 
+    def noise_law(self) -> NoiseLaw | None:
+        """Gaussian, of noise_multiplier * max_norm, which is public; None for no noise."""
+        sigma = self.noise_multiplier * self.max_norm
+        return Gaussian(sigma) if sigma else None
+
     def surrogate(self, update: Update, observation: Observation) -> Update:
-        """The clipping, which is differentiable; the noise is not known."""
+        """The clipping, which is differentiable; the noise has its law."""
         return clipped(update, self.max_norm)

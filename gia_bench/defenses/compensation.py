@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -14,12 +14,13 @@ from gia_bench.defenses.checks import check
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Update
 
-VARIANCES: Mapping[str, Callable[[float, int], float]] = {
-    "paper": lambda variance, m: m * variance,
-    "exact": lambda variance, m: variance / m,
+VARIANCES: Mapping[str, Callable[[float, Sequence[float]], float]] = {
+    "paper": lambda variance, shares: len(shares) * variance * sum(shares),
+    "exact": lambda variance, shares: variance * sum(share**2 for share in shares),
 }
-"""(variance of one client's entries, m clients) -> what the mean's entries are taken to have. The mean of m equally
-weighted clients has variance / m; the paper's m (d/s) sum(epsilon_i) sigma^2 is that of their sum, m^2 times more."""
+"""(variance of one client's entries, the m clients' weights epsilon_i in the mean) -> what the mean's entries are taken
+to have. It is (d/s) sigma^2 sum(epsilon_i^2); the paper's m (d/s) sigma^2 sum(epsilon_i) is that of the sum of equally
+weighted clients, m^2 times more."""
 SCOPES = ("global", "layer")
 
 
@@ -50,10 +51,10 @@ class RandomMatrix:
             if getattr(self, key) not in known:
                 raise ConfigError(choices(where + key, getattr(self, key), known))
 
-    def denoise(self, update: Update, variance: float, num_clients: int) -> Update:
-        """The mean of ``num_clients`` updates without their noise. variance: of the noise in an entry of one client's
-        update, 0 to give the mean back."""
-        assumed = VARIANCES[self.variance](variance, num_clients)
+    def denoise(self, update: Update, variance: float, shares: Sequence[float]) -> Update:
+        """The mean of updates with these weights, without their noise. variance: of the noise in an entry of one
+        client's update, 0 to give the mean back."""
+        assumed = VARIANCES[self.variance](variance, shares)
         if self.scope == "layer":
             return {name: self._denoised(u.reshape(-1), assumed).view(u.shape) for name, u in update.items()}
         row = self._denoised(torch.cat([u.reshape(-1) for u in update.values()]), assumed)

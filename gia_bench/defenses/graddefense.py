@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, final
 
@@ -108,7 +109,12 @@ class GradDefense(Defense):
         due = self.risk.due(round_index)
         risk = self.risk.measure(like, round_index, draw) if due else server_state["risk"]
         borders = equal_risk([p.numel() for p in like.values()], risk, self.slices).to(risk.device)
-        return {"borders": borders, "risk": risk, "num_clients": torch.tensor(num_clients, device=risk.device)}
+        return {"borders": borders, "risk": risk}
+
+    @property
+    def own_gradients(self) -> bool:
+        """With ``clip``."""
+        return self.clip is not None
 
     def informed(self, shared: Shared) -> Defense:
         """With ``clip``, the local gradients on the announced slices."""
@@ -131,9 +137,11 @@ class GradDefense(Defense):
         }
         return sent, state
 
-    def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
+    def compensate(
+        self, aggregate: Update, server_state: State, shared: Shared, shares: Sequence[float]
+    ) -> tuple[Update, State]:
         """The mean without what looks like noise; the risk is remembered for rounds that do not measure it."""
-        return self._denoised(aggregate, int(shared["num_clients"])), {"risk": shared["risk"]}
+        return self._denoised(aggregate, shares), {"risk": shared["risk"]}
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update without the d loudest slices of the observed one, where the noise must be. Zeros there add a
@@ -149,13 +157,14 @@ class GradDefense(Defense):
 
     def restore(self, update: Update, observation: Observation) -> Update:
         """The server's compensation of the clients behind the update: of one (m = 1), or of a cohort."""
-        return self._denoised({name: update[name] for name in observation.params}, observation.num_clients)
+        m = observation.num_clients  # whose weights an attacker does not see
+        return self._denoised({name: update[name] for name in observation.params}, [1 / m] * m)
 
-    def _denoised(self, update: Update, num_clients: int) -> Update:
+    def _denoised(self, update: Update, shares: Sequence[float]) -> Update:
         if self.compensation is None:
             return update
         # an entry of one client's update is noisy with probability d / s
-        return self.compensation.denoise(update, self.num_chosen / self.slices * self.sigma**2, num_clients)
+        return self.compensation.denoise(update, self.num_chosen / self.slices * self.sigma**2, shares)
 
 
 @final

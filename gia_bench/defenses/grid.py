@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ def on_grid(u: Tensor, unit: Tensor, levels: int, uniform: Tensor | None) -> Ten
     whole = multiples.round() if uniform is None else (multiples + uniform.to(u.device, u.dtype)).floor()
     # adding 0 turns -0.0 into 0.0
     return (whole.clamp(-levels, levels) + 0.0) * unit
+
+
+def straight_through(update: Update, rounding: Callable[[Update], Update]) -> Update:
+    """The rounded update, with the gradient of the one that is not (Bengio et al. 2013): rounding passes none."""
+    plain = {name: u.detach() for name, u in update.items()}
+    rounded = rounding(plain)
+    return {name: u + (rounded[name] - plain[name]) for name, u in update.items()}
 
 
 def euclidean(update: Update) -> dict[str, Tensor]:

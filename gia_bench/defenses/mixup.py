@@ -60,7 +60,10 @@ class MixUp(Defense):
             f"lie in [0, 1 / klam] = [0, {1 / k:g}], since the coefficients sum to 1",
         )  # fmt: skip
         if self.num_classes is not None:
-            check(f"{where}: num_classes", self.num_classes, lambda n: n >= 1, "be at least 1, or null")
+            check(
+                f"{where}: num_classes", self.num_classes, lambda n: n >= 1 and n == int(n),
+                "be a whole number of at least 1, or null",
+            )  # fmt: skip
 
     def check_victim(self, victim: Victim) -> None:
         """Needs as many classes as the model has."""

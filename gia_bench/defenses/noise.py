@@ -41,7 +41,7 @@ class GaussianNoise(Defense):
 
     def noise_law(self) -> NoiseLaw | None:
         """Gaussian; None for sigma = 0."""
-        return _Gaussian(self.sigma) if self.sigma else None
+        return Gaussian(self.sigma) if self.sigma else None
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Standard normal numbers, float32 on the CPU, by parameter name."""
@@ -90,10 +90,13 @@ class LaplaceNoise(Defense):
 
 @final
 @dataclass(frozen=True)
-class _Gaussian:
+class Gaussian:
+    """N(0, sigma^2) on every entry."""
+
     sigma: float
 
     def surprise(self, residual: Update) -> Tensor:
+        """Squares / (2 sigma^2)."""
         return torch.stack([r.square().sum() for r in residual.values()]).sum() / (2 * self.sigma**2)
 
 

@@ -9,10 +9,10 @@ import torch
 
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import on_grid, unit_above
+from gia_bench.defenses.grid import on_grid, straight_through, unit_above
 from gia_bench.defenses.selection import check_scope
 from gia_bench.errors import ConfigError, choices
-from gia_bench.values import Batch, Noise, Params, Shared, State, Update
+from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import Cast, Codec, Codes, Narrow
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,8 +26,7 @@ class HalfPrecision(Defense):
     """Every entry rounded to the nearest float16 or bfloat16; two bytes per entry travel.
 
     Compared with by Zhu et al. 2019 (DLG, section 5), who find that it does not stop the attack. float16 turns
-    magnitudes above 65,504 into infinity, which the server refuses as it refuses any infinity. The attacker's surrogate
-    is the update itself: rounding passes no gradient.
+    magnitudes above 65,504 into infinity, which the server refuses as it refuses any infinity.
     """
 
     dtype: str = "float16"
@@ -45,7 +44,14 @@ class HalfPrecision(Defense):
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """The rounded update, in its own dtype."""
-        return {name: u.to(DTYPES[self.dtype]).to(u.dtype) for name, u in update.items()}, state
+        return self._rounded(update), state
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The rounded dummy update, with the gradient of the one that is not."""
+        return straight_through(update, self._rounded)
+
+    def _rounded(self, update: Update) -> Update:
+        return {name: u.to(DTYPES[self.dtype]).to(u.dtype) for name, u in update.items()}
 
 
 @final
@@ -55,8 +61,7 @@ class Int8(Defense):
 
     rounding: "nearest" (ties to even) or "stochastic" (up or down by chance, the update in expectation); scope: the
     largest magnitude of each tensor, or of all ("global"). Compared with by Zhu et al. 2019 (DLG, section 5), who do
-    not say how they round; symmetric and per tensor is a gia_bench choice. The unit is that of ``grid.unit_above``. The
-    attacker's surrogate is the update itself: rounding passes no gradient.
+    not say how they round; symmetric and per tensor is a gia_bench choice. The unit is that of ``grid.unit_above``.
     """
 
     rounding: str = "nearest"
@@ -80,10 +85,18 @@ class Int8(Defense):
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """The rounded update, in its own dtype."""
+        return self._rounded(update, noise), state
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The dummy update rounded to its nearest multiples, with the gradient of the one that is not; rounded by
+        chance it is in the mean what it was."""
+        return update if self.rounding == "stochastic" else straight_through(update, lambda u: self._rounded(u, {}))
+
+    def _rounded(self, update: Update, noise: Noise) -> Update:
         # empty tensors have no largest entry
         largest = {k: u.abs().amax() if u.numel() else u.new_zeros(()) for k, u in update.items()}
         if self.scope == "global":
             most = torch.stack([m.double() for m in largest.values()]).amax()
             largest = dict.fromkeys(update, most)
         units = {name: unit_above(m / INT8_LEVELS) for name, m in largest.items()}
-        return {name: on_grid(u, units[name], INT8_LEVELS, noise.get(name)) for name, u in update.items()}, state
+        return {name: on_grid(u, units[name], INT8_LEVELS, noise.get(name)) for name, u in update.items()}

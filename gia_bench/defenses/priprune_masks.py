@@ -167,20 +167,21 @@ def most_sensitive(entries: Tensor, rates: Sequence[float]) -> list[Tensor]:
     """For each rate, True for the floor(rate c) largest magnitudes of ``entries`` [n], c of which are not zero.
 
     Of equal ones the first; NaN is the largest. How many entries are not zero may depend on the client, so that the
-    number chosen is a tensor: the largest are ordered once for all rates, and the last chosen is looked up.
+    number chosen is a tensor, which neither ``topk`` nor ``kthvalue`` takes: the last chosen is found bit by bit, in as
+    many looks at all entries as a number has bits.
     """
     shares = [exact(rate) for rate in rates]
-    most = math.floor(max(shares) * entries.numel())
-    if most == 0:
-        return [torch.zeros_like(entries, dtype=torch.bool) for _ in shares]
     magnitudes = bits_of(entries.abs())  # these order like the floats, and unlike them order NaN
-    ordered, present = magnitudes.topk(most).values, magnitudes.count_nonzero()
+    present = magnitudes.count_nonzero()
     counts = [torch.div(present * s.numerator, s.denominator, rounding_mode="floor") for s in shares]
-    return [_largest(magnitudes, ordered, count) for count in counts]
+    return [_largest(magnitudes, count) for count in counts]
 
 
-def _largest(magnitudes: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
-    smallest = ordered.gather(0, (count - 1).clamp(min=0).view(1))
+def _largest(magnitudes: Tensor, count: Tensor) -> Tensor:
+    smallest = torch.zeros_like(count, dtype=magnitudes.dtype)
+    for bit in reversed(range(8 * magnitudes.element_size() - 1)):
+        larger = smallest | (1 << bit)
+        smallest = torch.where((magnitudes >= larger).count_nonzero() >= count, larger, smallest)
     above, equal = magnitudes > smallest, magnitudes == smallest
     room = count - above.count_nonzero()
     return (above | (equal & (equal.cumsum(0, dtype=torch.int32) <= room))) & (count > 0)

@@ -10,9 +10,9 @@ import torch
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import euclidean, on_grid, unit_above
+from gia_bench.defenses.grid import euclidean, on_grid, straight_through, unit_above
 from gia_bench.errors import ConfigError, choices
-from gia_bench.values import Batch, Noise, Params, Shared, State, Update
+from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import Codec, Codes, Narrow, Signs
 
 SCALES = ("mean_abs", "none")
@@ -25,7 +25,7 @@ class QSGD(Defense):
 
     levels: the paper's s, 1 to 127; an entry travels in ceil(log2(2 levels + 1)) bits (the paper's Elias code is not
     used), and each tensor's unit beside them. One bucket per tensor is a gia_bench choice; the unit is that of
-    ``grid.unit_above``. The attacker's surrogate is the update itself: rounding passes no gradient.
+    ``grid.unit_above``. The attacker's surrogate is the update itself, which it is in the mean.
     """
 
     levels: int = 7
@@ -57,7 +57,7 @@ class SignSGD(Defense):
 
     scale: "mean_abs" multiplies by the tensor's mean magnitude (Karimireddy et al. 2019, section 5: layer-wise),
     "none" sends +1 and -1 (Bernstein et al. 2018). 0 counts as positive, which is a gia_bench choice: a third value
-    would cost a second bit. The attacker's surrogate is the update itself: a sign passes no gradient.
+    would cost a second bit. The server takes the mean, as of any update; Bernstein's majority vote is not offered.
     """
 
     scale: str = "mean_abs"
@@ -75,6 +75,13 @@ class SignSGD(Defense):
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """Plus or minus the magnitude; a tensor with NaN or infinity is NaN as a whole, so that the server sees it."""
+        return self._signs(update), state
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The signs of the dummy update, with the gradient of the update itself."""
+        return straight_through(update, self._signs)
+
+    def _signs(self, update: Update) -> Update:
 
         def magnitude(u: torch.Tensor) -> torch.Tensor:
             # in double: there the order of a sum does not show in single precision
@@ -83,4 +90,4 @@ class SignSGD(Defense):
             return torch.where(mean.isfinite(), size, torch.nan)
 
         sizes = {name: magnitude(u) for name, u in update.items()}
-        return {name: torch.where(u < 0, -sizes[name], sizes[name]) for name, u in update.items()}, state
+        return {name: torch.where(u < 0, -sizes[name], sizes[name]) for name, u in update.items()}

@@ -58,7 +58,12 @@ class Soteria(Defense):
                 "defense soteria: directions", self.directions, lambda n: n >= 1 and float(n).is_integer(),
                 "be a whole number of at least 1, or null for the exact lengths",
             )  # fmt: skip
-        check("defense soteria: features_at_once", self.features_at_once, lambda n: n >= 1, "be at least 1")
+        check(
+            "defense soteria: features_at_once",
+            self.features_at_once,
+            lambda n: n >= 1 and n == int(n),
+            "be a whole number of at least 1",
+        )
 
     @property
     def codec(self) -> Codec:

@@ -146,7 +146,9 @@ def play_round(
         raise NonFiniteError(f"Round {round_index}: no client sent a finite update, so there is nothing to average.")
 
     mean, buffers = gathering.means(gone, ranks)
-    aggregate, server_state = defense.compensate(mean, server.defense, shared)
+    counted = [w for c, w in zip(cohort.clients, weights, strict=True) if c not in gone]
+    shares = [w / sum(counted) for w in counted]
+    aggregate, server_state = defense.compensate(mean, server.defense, shared, shares)
     alive = [(c, n) for c, n in zip(cohort.clients, cohort.num_examples, strict=True) if c not in gone]
     num_examples = sum(n for _, n in alive)
     transcript = Transcript(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
@@ -161,11 +161,13 @@ class Pruned(Defense):
         sent, after = self.inner.protect(_cut(update, both), client, _inner(state), _inner(shared), noise)
         return _cut(sent, both) | {EVIDENCE + k: v for k, v in evidence.items()}, after | _ours(own)
 
-    def compensate(self, aggregate: Update, server_state: State, shared: Shared) -> tuple[Update, State]:
+    def compensate(
+        self, aggregate: Update, server_state: State, shared: Shared, shares: Sequence[float]
+    ) -> tuple[Update, State]:
         """The inner defense's compensation, on the masks; the evidence waits for the server's step."""
         evidence = {k.removeprefix(EVIDENCE): v for k, v in aggregate.items() if k.startswith(EVIDENCE)}
         update = {k: v for k, v in aggregate.items() if not k.startswith(EVIDENCE)}
-        update, inner = self.inner.compensate(update, _inner(server_state), _inner(shared))
+        update, inner = self.inner.compensate(update, _inner(server_state), _inner(shared), shares)
         own = {k: v for k, v in server_state.items() if k.startswith(OWN)}
         if STRENGTH in shared:
             update = self.method.combine(update, evidence)

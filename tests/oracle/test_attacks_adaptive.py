@@ -139,11 +139,6 @@ def test_where_nothing_is_known_of_what_is_missing_nothing_is_asked(defense: Def
     assert float(Withheld()(updates(1), observation, 1.0)) == 0
 
 
-def test_noise_behind_pruning_leaves_nothing_missing() -> None:
-    chain = Chain(stages={"prune": DGP(), "noise": GaussianNoise(scale=0.1)})
-    assert float(chain.violation(updates(1), protected(chain, updates(0)))) == 0
-
-
 @pytest.mark.parametrize("defense", [GaussianNoise(scale=0.3), LaplaceNoise(scale=0.3), GaussianNoise(variance=0.04)])
 def test_the_likelihood_is_the_noises_density(defense: Defense) -> None:
     """Differences of the surprise against differences of the log density, which scipy integrates to 1."""

@@ -34,12 +34,12 @@ def test_the_band_and_the_variances_by_hand() -> None:
         seen = []
 
         class Spy:
-            def denoise(self, update: Update, per_entry: float, num_clients: int) -> Update:
-                seen.append((per_entry, num_clients))
+            def denoise(self, update: Update, per_entry: float, shares: list[float]) -> Update:
+                seen.append((per_entry, shares))
                 return update
 
         dataclasses.replace(defense, compensation=Spy()).compensate(  # type: ignore[arg-type]
-            {}, {}, {"num_clients": torch.tensor(m), "risk": torch.zeros(1)}
+            {}, {}, {"risk": torch.zeros(1)}, [1 / m] * m
         )
         return VARIANCES[variance](*seen[0])
 
@@ -59,6 +59,13 @@ def test_the_exact_variance_is_that_of_a_mean_of_protected_updates() -> None:
     ]
     means = torch.stack(sent).view(40, m, -1).mean(1)
     assert float(means.square().mean()) == pytest.approx(0.4 * 0.09 / m, rel=0.05)
+
+
+def test_the_exact_variance_is_that_of_a_mean_with_any_weights() -> None:
+    shares = [0.5, 0.3, 0.1, 0.1]
+    noise = 0.3 * torch.randn(4, 200_000, generator=stream(0))
+    mean = (torch.tensor(shares)[:, None] * noise).sum(0)
+    assert VARIANCES["exact"](0.09, shares) == pytest.approx(float(mean.var()), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_denoising_is_numpys_projection_on_the_eigenvectors_outside_the_band(pad
     outside = (values <= low) | (values >= high)
     assert 0 < outside.sum() < w
     expected = (c @ vectors[:, outside] @ vectors[:, outside].T).reshape(-1)[:404]
-    found = matrix.denoise(update, 2.0, 2)  # exact: 2 / 2
+    found = matrix.denoise(update, 2.0, [0.5, 0.5])  # exact: 2 / 2
     assert np.allclose(torch.cat([f.reshape(-1) for f in found.values()]).numpy(), expected)
     assert {k: f.shape for k, f in found.items()} == {k: u.shape for k, u in update.items()}
 
@@ -109,20 +116,20 @@ def test_pure_noise_vanishes_and_a_signal_of_low_rank_gets_nearer() -> None:
     g = stream(0)
     noise = {"w": 0.1 * torch.randn(30_000, generator=g)}
     matrix = RandomMatrix(variance="exact")
-    left = matrix.denoise(noise, 0.01, 1)["w"]
+    left = matrix.denoise(noise, 0.01, [1.0])["w"]
     assert float(left.square().sum() / noise["w"].square().sum()) < 0.05
     v, w = matrix.shape(30_000)
     signal = (torch.randn(v, 2, generator=g) @ torch.randn(2, w, generator=g) * 0.1).reshape(-1)[:30_000]
     noisy = signal + noise["w"]
-    before, after = (float((x - signal).norm()) for x in (noisy, matrix.denoise({"w": noisy}, 0.01, 1)["w"]))
+    before, after = (float((x - signal).norm()) for x in (noisy, matrix.denoise({"w": noisy}, 0.01, [1.0])["w"]))
     assert after < 0.35 * before
 
 
 def test_the_papers_variance_keeps_the_noise_of_a_mean_because_it_lies_below_the_band() -> None:
     mean = {"w": torch.randn(30_000, generator=stream(0)) * math.sqrt(0.2 * 0.01 / 10)}  # of 10 clients
-    kept = RandomMatrix(variance="paper").denoise(mean, 0.2 * 0.01, 10)
+    kept = RandomMatrix(variance="paper").denoise(mean, 0.2 * 0.01, [0.1] * 10)
     assert torch.equal(kept["w"], mean["w"])
-    gone = RandomMatrix(variance="exact").denoise(mean, 0.2 * 0.01, 10)
+    gone = RandomMatrix(variance="exact").denoise(mean, 0.2 * 0.01, [0.1] * 10)
     assert float(gone["w"].norm() / mean["w"].norm()) < 0.25
 
 
@@ -133,7 +140,7 @@ def test_no_noise_and_tiny_tensors_pass_unharmed(scope: str, pad: bool, q: float
     g = stream(0)
     shapes = {"w": (7, 9), "one": (1,), "two": (2,)}
     update = {k: torch.randn(shape, generator=g) for k, shape in shapes.items()}
-    same = RandomMatrix(scope=scope, pad=pad, q=q).denoise(update, 0.0, 3)
+    same = RandomMatrix(scope=scope, pad=pad, q=q).denoise(update, 0.0, [1 / 3] * 3)
     assert all(torch.equal(same[k], u) for k, u in update.items())
-    noisy = RandomMatrix(scope=scope, pad=pad, q=q).denoise(update, 1.0, 3)
+    noisy = RandomMatrix(scope=scope, pad=pad, q=q).denoise(update, 1.0, [1 / 3] * 3)
     assert all(x.isfinite().all() for x in noisy.values())

@@ -137,7 +137,7 @@ def test_the_risk_follows_the_rounds_parameters_and_is_kept_between_measurements
     params, _ = victim.initial()
     first = defense.announce(params, defense.init_server(params), 0, 4, stream(0), ANY)
     moved = {k: 2 * p for k, p in params.items()}
-    _, state = defense.compensate(params, defense.init_server(params), first)
+    _, state = defense.compensate(params, defense.init_server(params), first, [0.25] * 4)
     second = defense.announce(moved, state, 1, 4, stream(0), ANY)
     fourth = defense.announce(moved, state, 3, 4, stream(0), ANY)
     assert torch.equal(first["risk"], second["risk"]) and torch.equal(first["borders"], second["borders"])

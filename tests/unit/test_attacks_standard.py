@@ -202,5 +202,5 @@ def test_a_member_that_finds_nothing_to_compare_is_left_out() -> None:
         [head], P.victim, seeds=[0]
     )
     assert list(found.alternatives or {}) == ["says"]
-    with pytest.raises(IncompatibleError, match="no member .* muted: layers=all_conv selects none"):
+    with pytest.raises(IncompatibleError, match=r"no member .* muted: layers=all_conv selects none"):
         Standard(members={"muted": muted}).reconstruct_many([head], P.victim, seeds=[0])
