@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from gia_bench.records.mirror import MirrorFactory
 from gia_bench.signatures import check_call, check_types, check_value
 from gia_bench.threat import ThreatModel
 from gia_bench.values import Examples
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true",)
 # what may differ between two runs that are the same run
@@ -113,6 +116,8 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     schedule: Schedule = _make(cfg, "fl")
     aggregation: Aggregation = _make(cfg, "aggregation")
     pruning.check_local(schedule.local)
+    for remark in filter(None, (leaf.remark(schedule.local) for leaf in inner.leaves())):
+        log.warning(remark)
     pruning.check_public(cfg.public.split)
     defense = with_pruning(inner, pruning)
     metrics: Metrics = _make(cfg, "metrics")

@@ -130,7 +130,8 @@ class Attack(ABC):
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
         """One reconstruction per observation, in order. ``seeds``: one per observation, so that a victim's result
-        does not depend on who else is attacked with it. A victim that diverges gets a ``failure``; others go on.
+        does not depend on who else is attacked with it. A victim whose loss was never finite gets a ``failure``; of one
+        that diverged later the best iterate is returned; others go on.
         """
 
     @final

@@ -57,7 +57,9 @@ class Langevin(Force):
             for t in range(T):
                 draw = stream(course.seeds[v], "langevin", t, course.moment.step)
                 noise[v, t] = torch.randn(shape, generator=draw, dtype=pixels.dtype)
-        return self.scale * course.lr * noise.to(pixels.device)
+        if pixels.is_cuda:  # from pinned memory, so that nothing waits for the device
+            noise = noise.pin_memory()
+        return self.scale * course.lr * noise.to(pixels.device, non_blocking=True)
 
 
 @final

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gia_bench.attacks.checks import check
+from gia_bench.errors import DataError
 
 Initial: TypeAlias = Callable[[Sequence[int], torch.Generator, torch.dtype], Tensor]
 """(shape, generator on the CPU, dtype) -> a first guess on the CPU."""
@@ -58,6 +61,26 @@ class Filled:
 
     def __call__(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         return torch.full(tuple(shape), self.value, dtype=dtype)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GivenImage:
+    """The picture in a file, as an image in [0, 1] of the victim's size and channels: not yet in the searched
+    coordinates. All images and restarts are the same. Raises ``DataError`` for a file that is absent or no picture.
+    """
+
+    path: str
+
+    def __call__(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        *_, C, H, W = shape
+        try:
+            with Image.open(self.path) as picture:
+                levels = np.asarray(picture.convert("L" if C == 1 else "RGB").resize((W, H), Image.Resampling.BILINEAR))
+        except OSError as error:  # PIL's own errors are of this kind
+            raise DataError(f"initial.path={self.path!r} cannot be read as a picture: {error}") from error
+        image = torch.from_numpy(levels.copy()).view(H, W, C).movedim(2, 0).to(dtype) / 255
+        return image.expand(tuple(shape)).clone()
 
 
 RANDN = Randn()

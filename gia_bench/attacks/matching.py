@@ -18,7 +18,7 @@ from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.forces import Course, Force
 from gia_bench.attacks.group import STEPS, Group
-from gia_bench.attacks.initial import Initial, Randn
+from gia_bench.attacks.initial import GivenImage, Initial, Randn
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.optimize import Progress, Search
 from gia_bench.attacks.optimizers import Moment, Optimizer, Variables
@@ -121,6 +121,8 @@ class GradientMatching(Attack):
             self.constraints, self.replay,
         )  # fmt: skip
         start = self._start(observations[0], victim, seeds, like, joint=labels[0] is None)
+        if isinstance(self.initial, GivenImage):
+            start["pixels"] = space.encode(start["pixels"])
         if self.max_batch == "auto":
             group = group.fitted(start)
         group = group.computed(self.arithmetic, start)

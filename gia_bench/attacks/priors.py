@@ -74,6 +74,42 @@ class PaddedTotalVariation(Prior):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class IsotropicTotalVariation(Prior):
+    """weight * mean sqrt(dx^2 + dy^2 + eps), where both differences exist (Rudin, Osher, Fatemi 1992): an edge costs
+    the same in any direction. eps keeps the gradient finite where an image is flat.
+    """
+
+    weight: float
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "isotropic_total_variation.weight", self.weight, "at least 0")
+        check(self.eps > 0, "isotropic_total_variation.eps", self.eps, "a number above 0")
+
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        x = candidate.pixels
+        dx, dy = x.diff(dim=-1)[..., :-1, :], x.diff(dim=-2)[..., :-1]
+        lengths = (dx.square() + dy.square() + self.eps).sqrt()
+        return self.weight * lengths.sum() / max(lengths.numel(), 1)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PixelRange(Prior):
+    """weight * the mean squared distance of the image's values from [0, 1]: a soft form of ``boxed``."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check(self.weight >= 0, "pixel_range.weight", self.weight, "at least 0")
+
+    def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
+        x = candidate.inputs
+        return self.weight * (x - x.clamp(0, 1)).square().mean()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Norm(Prior):
     """weight * mean x^2 / 2 (breaching's norm with p = 2)."""
 

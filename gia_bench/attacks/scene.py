@@ -52,6 +52,10 @@ class PixelSpace:
         """Images in [0, 1] (not clamped)."""
         return pixels * self.std + self.mean
 
+    def encode(self, images: Tensor) -> Tensor:
+        """The inverse of ``decode``."""
+        return (images - self.mean) / self.std
+
     def clamp(self, pixels: Tensor) -> Tensor:
         """The nearest pixels whose images lie in [0, 1]."""
         return torch.maximum(torch.minimum(pixels, (1 - self.mean) / self.std), -self.mean / self.std)

@@ -84,6 +84,10 @@ class Defense(ABC):
     def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
         """Raises ``IncompatibleError`` for a model it cannot protect; asked once, when a run is composed."""
 
+    def remark(self, local: LocalWork) -> str | None:
+        """A sentence for the user where this local work is not what its paper protects; asked when a run begins."""
+        return None
+
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
         """The same defense with what it takes from the published model and public examples (GradDefense's root set);
         asked once, when a run is composed. ``public``: examples that no client holds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from gia_bench.defenses.per_example import per_example
 from gia_bench.models.functional import Head, Victim
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import SPARSE, Codec
+
+if TYPE_CHECKING:
+    from gia_bench.federated.local import LocalWork
 
 
 @final
@@ -74,6 +77,15 @@ class Soteria(Defense):
         """Needs a linear layer at the end."""
         if victim.head is None:
             raise no_head()
+
+    def remark(self, local: LocalWork) -> str | None:
+        """Its paper perturbs the representation behind one gradient."""
+        if local.learning_rate is None:
+            return None
+        return (
+            "defense soteria: its paper protects one gradient; here the change of the weights over local steps loses "
+            "its columns, chosen at the broadcast model. What holds for fl=fedsgd need not hold here."
+        )
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """``directions``: standard normal numbers [S, B, directions, C, H, W], 0 at padding, float32 on the CPU. Exact

@@ -44,6 +44,7 @@ METRICS: Mapping[str, Quantity] = {
     # the leak, per attacked update
     "label_accuracy": Quantity(None, "lower"),
     # how much an attack has to find, and from how much
+    "examples": Quantity(None, None),
     "unknowns": Quantity(None, None),
     "equations": Quantity(None, None),
     "local_steps": Quantity(None, None),

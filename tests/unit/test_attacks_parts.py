@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attack_problems import problem, psnr_db
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from torch.func import grad
 
 from gia_bench.attacks.analytic import Analytic
 from gia_bench.attacks.batch_norm import InferredStatistics, RunningStatistics
@@ -15,7 +20,7 @@ from gia_bench.attacks.distances import Cosine, LayerCosine
 from gia_bench.attacks.dlg import dlg
 from gia_bench.attacks.forces import GroupConsistency, Langevin
 from gia_bench.attacks.idlg import idlg
-from gia_bench.attacks.initial import Filled, Initial, Patterned, Randn, Uniform, Zeros
+from gia_bench.attacks.initial import Filled, GivenImage, Initial, Patterned, Randn, Uniform, Zeros
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.label_inference import bias_corrected
 from gia_bench.attacks.label_inference import idlg as idlg_label
@@ -23,14 +28,21 @@ from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam
-from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
+from gia_bench.attacks.priors import IsotropicTotalVariation, Norm, PaddedTotalVariation, PixelRange, TotalVariation
+from gia_bench.attacks.scene import Candidate
 from gia_bench.attacks.schedules import Constant, CosineWarmup, StepDecay
 from gia_bench.attacks.wrapped import Layers, Masked, Scaled, Weighted
-from gia_bench.errors import ConfigError, IncompatibleError
+from gia_bench.errors import ConfigError, DataError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.threat import Knowledge
 from gia_bench.values import Batch, Observation
+
+ANY: Any = None  # what these priors do not look at
+
+
+def candidate(images: Tensor) -> Candidate:
+    return Candidate(images, images, torch.zeros(len(images), dtype=torch.int64))
 
 
 def test_dlg_recovers_images_and_returns_the_label_it_optimised() -> None:
@@ -215,3 +227,34 @@ def test_every_label_method_can_be_chosen_and_idlg_is_the_row_with_the_smallest_
     assert set(METHODS) == {"auto", "known", "joint"} | inferred
     rows = p.observations[0].update["5.weight"].sum(1)
     assert idlg_label(p.observations[0], p.victim).item() == min(range(4), key=lambda c: float(rows[c]))
+
+
+def test_isotropic_total_variation_is_numpys_and_the_same_for_a_turned_image() -> None:
+    prior, x = IsotropicTotalVariation(weight=2.0), torch.rand(2, 3, 5, 7)
+    dx, dy = np.diff(x.numpy(), axis=3)[:, :, :-1], np.diff(x.numpy(), axis=2)[..., :-1]
+    assert float(prior(candidate(x), ANY)) == pytest.approx(2 * np.sqrt(dx**2 + dy**2 + 1e-8).mean(), rel=1e-5)
+    edge = torch.zeros(1, 1, 9, 9)
+    edge[..., 4:] = 1
+    flat = grad(lambda p: prior(candidate(p), ANY))(torch.zeros(1, 1, 4, 4))
+    assert flat.isfinite().all()
+    assert float(prior(candidate(edge), ANY)) == pytest.approx(float(prior(candidate(edge.mT), ANY)))
+
+
+def test_the_pixel_range_costs_nothing_inside_and_squares_outside() -> None:
+    prior = PixelRange(weight=4.0)
+    assert float(prior(candidate(torch.rand(2, 1, 3, 3)), ANY)) == 0
+    assert float(prior(candidate(torch.tensor([[[[-0.5, 0.0, 1.0, 2.5]]]])), ANY)) == pytest.approx(4 * 2.5 / 4)
+
+
+def test_a_search_can_start_from_a_picture(tmp_path: Path) -> None:
+    levels = torch.arange(64, dtype=torch.uint8).view(1, 8, 8) * 4
+    file = tmp_path / "guess.png"
+    Image.fromarray(levels[0].numpy()).save(file)
+    p = problem(1, normalised=True)
+    attack = dlg(steps=1, initial=GivenImage(path=str(file)), optimizer=Adam(lr=1e-20))
+    [found] = attack.reconstruct_many(p.observations, p.victim, seeds=[0])
+    assert torch.allclose(found.inputs[0], levels / 255, atol=1e-6)
+    with pytest.raises(DataError, match="cannot be read as a picture"):
+        dlg(steps=1, initial=GivenImage(path=str(tmp_path / "none.png"))).reconstruct_many(
+            p.observations, p.victim, seeds=[0]
+        )

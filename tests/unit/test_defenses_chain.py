@@ -309,3 +309,10 @@ def test_a_round_is_the_same_in_a_loop_and_under_vmap_in_any_chunks(defense: Def
 def test_a_setting_out_of_range_is_refused_with_a_sentence(make: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+def test_soteria_says_that_local_steps_are_not_what_its_paper_protects() -> None:
+    said = Soteria().remark(FedAvg(learning_rate=0.1))
+    assert said is not None and "one gradient" in said
+    assert Soteria().remark(FedSGD()) is None
+    assert [leaf.remark(FedAvg(learning_rate=0.1)) for leaf in chain(ClipUpdate(), Soteria()).leaves()] == [None, said]
