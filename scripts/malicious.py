@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--defenses", default=DEFENSES)
     parser.add_argument("--all", default="", help="more settings for every run")
     chosen = parser.parse_args()
-    print("| part | attack | defense | images | PSNR dB, median | above 60 dB | above 20 dB | no reconstruction |")
-    print("|---|---|---|---:|---:|---:|---:|---:|")
+    print("| part | attack | defense | images | PSNR dB, median | a flat image | above 60 dB | above 20 dB | none |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
     for part in chosen.only:
         name = f"malicious_{part}"
         words = [*COMMON, *PARTS[part], f"name={name}", *chosen.all.split(), f"defense={chosen.defenses}"]
@@ -71,18 +71,22 @@ def rows(part: str, folder: Path) -> list[str]:
     records: list[dict[str, Any]] = [
         json.loads(line) for path in folder.glob("*/records.jsonl") for line in path.read_text().splitlines()
     ]
-    values: dict[tuple[str, str], list[float | None]] = {}
+    values: dict[str, dict[tuple[str, str], list[float | None]]] = {"psnr_db": {}, "oracle_flat_psnr_db": {}}
     for r in records:
-        if r["metric"] == "psnr_db":
-            values.setdefault((r["attack"], r["defense"]), []).append(r["value"])
+        if r["metric"] in values:
+            values[r["metric"]].setdefault((r["attack"], r["defense"]), []).append(r["value"])
     lines = []
-    for (attack, defense), every in sorted(values.items()):
+    for (attack, defense), every in sorted(values["psnr_db"].items()):
         found = [v for v in every if v is not None]
         told = summarize(found)
+        flat = summarize([v for v in values["oracle_flat_psnr_db"].get((attack, defense), []) if v is not None])
         median = "–" if told is None else f"{told.value:.1f} [{told.low:.1f}, {told.high:.1f}]"
+        if defense == "none" and told is not None and flat is not None and told.value <= flat.value:
+            median += ": failed control"
+        baseline = "–" if flat is None else f"{flat.value:.1f}"
         above = [f"{sum(v > least for v in found) / max(len(found), 1):.0%}" for least in (60, 20)]
         lines.append(
-            f"| {part} | {attack} | {defense} | {len(found)} | {median} | {above[0]} | {above[1]} "
+            f"| {part} | {attack} | {defense} | {len(found)} | {median} | {baseline} | {above[0]} | {above[1]} "
             f"| {len(every) - len(found)} |"
         )
     return lines
