@@ -50,6 +50,7 @@ from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.one_at_a_time import OneAtATime
 from gia_bench.attacks.optimizers import Adam, Sign, SoftSign
 from gia_bench.attacks.priors import PaddedTotalVariation, TotalVariation
+from gia_bench.attacks.replay import EpochAverage
 from gia_bench.attacks.rgap import RGAP
 from gia_bench.attacks.robbing import RobbingTheFed
 from gia_bench.attacks.sgi import sgi
@@ -112,6 +113,11 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     ),
     "inverting_gradients_fedavg": lambda: inverting_gradients(
         steps=8_000, priors={"total_variation": TotalVariation(weight=1e-6)}
+    ),
+    "inverting_gradients_fedavg_epochs": lambda: inverting_gradients(
+        steps=8_000,
+        priors={"total_variation": TotalVariation(weight=1e-6)},
+        replay=EpochAverage(weight=0.1),
     ),
     "inverting_gradients_dgp_paper": lambda: inverting_gradients(
         steps=12_000, priors={"total_variation": PaddedTotalVariation(weight=0.2)}
