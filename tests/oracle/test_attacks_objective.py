@@ -30,13 +30,24 @@ def guesses(p: Problem, restarts: int) -> Tensor:
     return torch.randn(V, restarts, *shape, generator=torch.Generator().manual_seed(7), dtype=p.images.dtype)
 
 
-@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
+@pytest.mark.parametrize(
+    "norm", [None, nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LayerNorm([4, 4, 4])], ids=repr
+)
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_the_gradient_equals_a_loop_of_double_backward_passes(norm: nn.Module | None, normalised: bool) -> None:
-    """In float64, with BatchNorm in training mode, and in normalised coordinates."""
+def test_the_gradient_equals_a_loop_of_double_backward_passes(
+    norm: nn.Module | None, training: bool, normalised: bool
+) -> None:
+    """In float64, with BatchNorm in both modes, and in normalised coordinates."""
     p = problem(3, batch=2, norm=norm, normalised=normalised, dtype=torch.float64)
+    p = dataclasses.replace(p, victim=dataclasses.replace(p.victim, training=training))
     pixels = guesses(p, restarts=2)
     loss, gradient = group_of(p).evaluate({"pixels": pixels})
+    # candidates one by one are computed without vmap
+    alone, apart = group_of(p, max_batch=1).evaluate({"pixels": pixels})
+    torch.testing.assert_close(alone, loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(apart["pixels"], gradient["pixels"], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(group_of(p).losses({"pixels": pixels}), loss, rtol=1e-9, atol=1e-12)
     for v, observation in enumerate(p.observations):
         for t in range(2):
             z = pixels[v, t].clone().requires_grad_()
