@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from command import gia_bench
+from pruning_problems import images
 from torch import Tensor, nn
 
 from gia_bench.data.cohort import Cohort
-from gia_bench.data.source import InMemory
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.chain import Chain
 from gia_bench.defenses.clip import ClipUpdate
@@ -40,11 +40,6 @@ def victim() -> Victim:
     with seeded(0, "test model"):
         module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
     return Victim(module=module, input_shape=(1, 6, 6), num_classes=3)
-
-
-def images(name: str, count: int) -> InMemory:
-    g = stream(0, name)
-    return InMemory(torch.rand(count, 1, 6, 6, generator=g), torch.randint(3, (count,), generator=g))
 
 
 def cohort(local: LocalWork, round_index: int) -> Cohort:
