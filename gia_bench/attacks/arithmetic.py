@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -89,19 +89,14 @@ class Arithmetic:
         Candidates whose plain loss or gradient is not finite say nothing and are left out.
         """
         allowed = PRECISIONS[self.precision] if self.tolerance is None else self.tolerance
-        pairs = {"loss": (exact[0], found[0])} | {f"gradient of {k}": (g, found[1][k]) for k, g in exact[1].items()}
-        finite = [e.isfinite().flatten(2).all(2) if e.ndim > 2 else e.isfinite() for e, _ in pairs.values()]
-        sound = torch.stack(finite).all(0)
-        for name, (want, got) in pairs.items():
-            errors = torch.where(sound, _relative(want, got), 0.0).nan_to_num(torch.inf, torch.inf)
-            if bool((errors > allowed).any()):
-                v, t = divmod(int(errors.argmax()), errors.shape[1])
-                raise ConfigError(
-                    f"attack.arithmetic (compile={self.compile}, precision={self.precision}): on the first guesses the "
-                    f"{name} of victim {v}, restart {t} is {float(errors[v, t]):.2g} of its size away from plain fp32, "
-                    f"more than the tolerance of {allowed:g}; take precision=fp32 and compile=false, or a tolerance "
-                    "that you can answer for."
-                )
+        off = farthest(exact, found)
+        if off.error > allowed:
+            raise ConfigError(
+                f"attack.arithmetic (compile={self.compile}, precision={self.precision}): on the first guesses the "
+                f"{off.name} of victim {off.victim}, restart {off.restart} is {off.error:.2g} of its size away from "
+                f"plain fp32, more than the tolerance of {allowed:g}; take precision=fp32 and compile=false, or a "
+                "tolerance that you can answer for."
+            )
 
 
 PLAIN = Arithmetic()
@@ -152,6 +147,30 @@ class Compiled:
 
         graph = make_fx(function)(*flat)
         return torch.compile(graph, fullgraph=True, dynamic=False), outs[-1]
+
+
+class Difference(NamedTuple):
+    """Where two ways to compute differ most. name: of the value; error: the Euclidean length of the difference,
+    relative to the exact value's; infinite where only one of both is a number."""
+
+    name: str
+    victim: int
+    restart: int
+    error: float
+
+
+def farthest(exact: tuple[Tensor, Variables], found: tuple[Tensor, Variables]) -> Difference:
+    """The largest difference among losses [V, T] and gradients [V, T, ...]; candidates whose exact loss or gradient is
+    not finite say nothing and are left out."""
+    pairs = {"loss": (exact[0], found[0])} | {f"gradient of {k}": (g, found[1][k]) for k, g in exact[1].items()}
+    finite = [e.isfinite().flatten(2).all(2) if e.ndim > 2 else e.isfinite() for e, _ in pairs.values()]
+    sound = torch.stack(finite).all(0)
+    largest = Difference("loss", 0, 0, 0.0)
+    for name, (want, got) in pairs.items():
+        errors = torch.where(sound, _relative(want, got), 0.0).nan_to_num(torch.inf, torch.inf)
+        v, t = divmod(int(errors.argmax()), errors.shape[1])
+        largest = max(largest, Difference(name, v, t, float(errors[v, t])), key=lambda d: d.error)
+    return largest
 
 
 def _relative(want: Tensor, got: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gia_bench.attacks.adaptive import Constraint
+from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.group import STEPS, Group
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.latent_priors import LatentPrior
-from gia_bench.attacks.latents import Generator, GeneratorSource, LatentGroup, check_generator
+from gia_bench.attacks.latents import Generator, GeneratorSource, LatentGroup, check_generator, from_latents
 from gia_bench.attacks.matching import alike, kind, why_never_finite
 from gia_bench.attacks.priors import Prior
 from gia_bench.attacks.replay import Replay
@@ -42,8 +44,9 @@ class Found(NamedTuple):
 class Generative(Attack):
     """Minimise distance(dummy update, observed update) + priors over what a generator can make.
 
-    generator: where it comes from; distance, priors, constraints, replay, labels, restarts, max_batch: as in
-    ``GradientMatching``, but labels are never searched; latent_priors: penalties on the latents; snapshot_every: steps
+    generator: where it comes from; distance, priors, constraints, replay, labels, restarts, max_batch, arithmetic: as
+    in ``GradientMatching``, but labels are never searched, and ``arithmetic`` is that of the matching, the generator's
+    own is fp32; latent_priors: penalties on the latents; snapshot_every: steps
     between two snapshots. The update that an attacker who knows the defense observed is matched through
     ``defense.surrogate``. The restart with the lowest loss is returned; the truth is nowhere near.
     """
@@ -57,6 +60,7 @@ class Generative(Attack):
     labels: str = "auto"
     restarts: int = 1
     max_batch: int | str | None = None
+    arithmetic: Arithmetic = PLAIN
     snapshot_every: int = 100
 
     def __post_init__(self) -> None:
@@ -136,10 +140,13 @@ class Generative(Attack):
             group=group, generator=generator.like(like), classes=classes, seeds=seeds, restarts=self.restarts, batch=B,
             penalties=self.latent_priors,
         )  # fmt: skip
+        guesses = latent.images(from_latents(latent.generator), {"latents": latent.latents()})
+        group = group.computed(self.arithmetic, {"pixels": space.encode(guesses)})
+        latent = dataclasses.replace(latent, group=group)
         # the state of other settings, another generator or other victims is never picked up
         place = derive(0, repr(self), generator.fingerprint, repr(kind(first)[-1]), *seeds)
         found = self.search(latent, snapshots, f"{type(self).__name__.lower()}-{place:016x}")
-        pixels = (found.images - space.mean) / space.std
+        pixels = space.encode(found.images)
         return [self._best_restart(pixels[v], found.loss[v], o, labels[v], space) for v, o in enumerate(observations)]
 
     def _labels(self, observation: Observation, victim: Victim, seed: int) -> Tensor:

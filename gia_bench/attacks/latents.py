@@ -141,7 +141,7 @@ class LatentGroup:
         leaves = {k: v.detach().requires_grad_() for k, v in variables.items()}
         everything, space = {**fixed, **leaves}, self.group.space
         images = render(everything, classes)
-        pixels = (images - space.mean) / space.std
+        pixels = space.encode(images)
         penalty = pixels.new_zeros(len(pixels))
         if "latents" in everything:
             penalty = sum((prior(everything["latents"]) for prior in self.penalties.values()), penalty)

@@ -12,6 +12,7 @@ from cmaes import CMA
 from generator_problems import LATENT, Held, dcgan, in_range, resent
 from torch import Tensor, nn
 
+from gia_bench.attacks.arithmetic import Arithmetic
 from gia_bench.attacks.base import FORGET
 from gia_bench.attacks.distances import Cosine
 from gia_bench.attacks.evolution import Evolution
@@ -27,6 +28,7 @@ from gia_bench.attacks.scene import PixelSpace
 from gia_bench.defenses.base import Client
 from gia_bench.defenses.feedback import ErrorFeedback
 from gia_bench.defenses.top_k import TopK
+from gia_bench.errors import ConfigError
 from gia_bench.seeding import derive
 from gia_bench.values import Batch, Reconstruction
 
@@ -355,3 +357,19 @@ def test_victims_have_first_latents_of_their_own() -> None:
     drawn = latent.latents()
     assert drawn.shape == (2, 2, 1, LATENT)
     assert len({tuple(x.tolist()) for x in drawn.flatten(0, 1).flatten(1)}) == 4
+
+
+@KINDS
+def test_other_arithmetic_is_compared_with_plain_fp32_and_then_used(attack: Generative) -> None:
+    p, _ = in_range(2, SOURCE, dtype=torch.float32)
+    plain = attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
+    found = dataclasses.replace(attack, arithmetic=Arithmetic(precision="bf16")).reconstruct_many(
+        p.observations, p.victim, seeds=[0, 1]
+    )
+    for a, b in zip(found, plain, strict=True):
+        # another arithmetic ranks a population in another order, so that searches part
+        assert a.score != b.score
+        assert b.score / 3 < a.score < b.score * 3
+    strict = dataclasses.replace(attack, arithmetic=Arithmetic(precision="bf16", tolerance=1e-6))
+    with pytest.raises(ConfigError, match=r"precision=bf16.*tolerance of 1e-06"):
+        strict.reconstruct_many(p.observations, p.victim, seeds=[0, 1])

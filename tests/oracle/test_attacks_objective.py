@@ -9,9 +9,11 @@ import torch
 from attack_problems import Problem, double_backward_loss, problem
 from torch import Tensor, nn
 
+from gia_bench.attacks.arithmetic import PLAIN
 from gia_bench.attacks.distances import L1, Cosine, Distance, Euclidean, EuclideanMean, LayerCosine
-from gia_bench.attacks.group import Group
+from gia_bench.attacks.group import Group, Seen
 from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.optimizers import Variables
 from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
 from gia_bench.attacks.scene import Candidate, PixelSpace, Scene
 from gia_bench.models.functional import cross_entropy
@@ -48,6 +50,10 @@ def test_the_gradient_equals_a_loop_of_double_backward_passes(
     torch.testing.assert_close(alone, loss, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(apart["pixels"], gradient["pixels"], rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(group_of(p).losses({"pixels": pixels}), loss, rtol=1e-9, atol=1e-12)
+    # the way that is quicker, where it is right
+    chosen, slope = group_of(p).computed(PLAIN, {"pixels": pixels}).evaluate({"pixels": pixels})
+    torch.testing.assert_close(chosen, loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(slope["pixels"], gradient["pixels"], rtol=1e-8, atol=1e-12)
     for v, observation in enumerate(p.observations):
         for t in range(2):
             z = pixels[v, t].clone().requires_grad_()
@@ -58,6 +64,31 @@ def test_the_gradient_equals_a_loop_of_double_backward_passes(
             torch.testing.assert_close(loss[v, t], expected.detach(), rtol=1e-9, atol=1e-12)
             expected_gradient = torch.autograd.grad(expected, z)[0]
             torch.testing.assert_close(gradient["pixels"][v, t], expected_gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_one_backward_pass_for_all_candidates_is_used_only_where_it_agrees(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through some normalisations under vmap it does not."""
+    p = problem(3, dtype=torch.float64)
+    pixels, calls, quick = {"pixels": guesses(p, restarts=2)}, [], Group._quick_step
+
+    def watched(group: Group, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
+        calls.append(len(variables["pixels"]))
+        slope, loss = quick(group, variables, seen)
+        # wrong for one restart of two
+        factor = torch.tensor([1.0, 1.01 if wrong else 1.0]).view(1, 2, 1, 1, 1, 1)
+        return {"pixels": slope["pixels"] * factor}, loss
+
+    monkeypatch.setattr(Group, "_quick_step", watched)
+    group = group_of(p).computed(PLAIN, pixels)
+    assert calls == [3], "compared once"
+    loss, gradient = group.evaluate(pixels)
+    assert len(calls) == (1 if wrong else 2)
+    expected = group_of(p).evaluate(pixels)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient["pixels"], expected[1]["pixels"], rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4)])
