@@ -10,7 +10,7 @@ import torch
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWork
-from gia_bench.federated.local import LocalResult
+from gia_bench.federated.local import UNDEFENDED, LocalResult
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.seeding import stream
 from gia_bench.values import Params, Shared, State, Update
@@ -51,6 +51,17 @@ class Clients:
 
         outputs = self._map(unprotected, [member])
         return {k: v[0] for k, v in outputs.sent.items()}, {k: v[0] for k, v in outputs.state.items()}
+
+    def unprotected(self, member: int, shared: Shared) -> Update:
+        """One member's update by plain gradients, computed alone, and ``buffer <name>``: to find where a number that is
+        not finite came from."""
+
+        def plain(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
+            _, result = self._work(inputs, counts, UNDEFENDED, shared, self._sent([member]))
+            named = {f"buffer {k}": v for k, v in result.buffers.items()}
+            return ClientOutputs(result.update | named, result.buffers, inputs.state, result.loss)
+
+        return {k: v[0] for k, v in self._map(plain, [member]).sent.items()}
 
     def run(self, chunk: Sequence[int], shared: Shared) -> ClientOutputs:
         """A chunk's protected updates [k, ...]."""

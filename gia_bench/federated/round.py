@@ -118,7 +118,8 @@ def play_round(
             sent = {k: v[row] for k, v in outputs.sent.items()}
             if not finite[row]:
                 if rules.on_nonfinite == "fail":
-                    raise _nonfinite({k: v[row] for k, v in everything.items()}, client, round_index)
+                    own_update = clients.unprotected(member, shared)
+                    raise _nonfinite({k: v[row] for k, v in everything.items()}, own_update, client, round_index)
                 share.dropped.append(client)
                 continue
             own_buffers = {k: v[row] for k, v in outputs.buffers.items()}
@@ -180,13 +181,28 @@ def _finite(updates: Update) -> list[bool]:
     return [bool(x) for x in each.all(0).tolist()]
 
 
-def _nonfinite(sent: Update, client: int, round_index: int) -> NonFiniteError:
-    names = [k for k, v in sent.items() if not bool(v.isfinite().all())]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+def _nonfinite(sent: Update, own: Update, client: int, round_index: int) -> NonFiniteError:
+    """sent: after protection, where one NaN may have become many; own: before it."""
+    names, before = _broken(sent), _broken(own)
+    if before == names:
+        origin = ""
+    elif before:
+        origin = f"Before protection its update was not finite in {_listed(before)}. "
+    else:
+        origin = "Before protection its update was finite: the defense made it so. "
     return NonFiniteError(
-        f"Client {client} sent NaN or infinity in round {round_index} (in {', '.join(names[:3])}{more}). "
+        f"Client {client} sent NaN or infinity in round {round_index} (in {_listed(names)}). {origin}"
         "Lower the learning rate, look at its data, or go on without it: fl.on_nonfinite=drop_client."
     )
+
+
+def _broken(tensors: Update) -> list[str]:
+    return [k for k, v in tensors.items() if not bool(v.isfinite().all())]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _split(sent: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Update, dict[str, Tensor]]:

@@ -11,8 +11,13 @@ from torch import nn
 from gia_bench.data.cohort import Cohort
 from gia_bench.data.source import InMemory
 from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.chain import Chain
+from gia_bench.defenses.client_dp import ClientDP
+from gia_bench.defenses.clip import ClipUpdate
+from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, NonFiniteError
+from gia_bench.federated.clients import Clients
 from gia_bench.federated.execution import Executor, Loop, Vmap
 from gia_bench.federated.local import FedAvg, FedSGD, LocalWork, decay
 from gia_bench.federated.round import Round, play_round
@@ -218,6 +223,47 @@ def test_a_nonfinite_update_names_client_and_round_or_drops_the_client(value: fl
     torch.testing.assert_close(dropped.aggregate, mean)
     with pytest.raises(NonFiniteError, match="no client sent a finite update"):
         play(model, local, Loop(), defense=_Broken(1e9), on_nonfinite="drop_client")
+
+
+class _Root(nn.Module):
+    """Adds 0 times the root of a parameter that is 0: of all gradients only its own is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0 * self.square.sqrt()
+
+
+@pytest.mark.parametrize("defense", [ClipUpdate(max_norm=1.0), DPSGD(), Chain(stages={"dp": ClientDP()})])
+@pytest.mark.parametrize("executor", [Loop(), Vmap(chunk_size=2)])
+def test_where_a_defense_spreads_a_nan_the_tensor_of_the_clients_own_update_is_named(
+    defense: Defense, executor: Executor
+) -> None:
+    """One norm over all tensors makes all of them NaN, and DP-SGD does so within its gradient."""
+    model, local = victim(), FedSGD(batch_size=4)
+    model = dataclasses.replace(model, module=nn.Sequential(*model.module, _Root()))
+    with pytest.raises(NonFiniteError, match=r"round 0 \(in 4.square\)\. Lower"):
+        play(model, local, executor)
+    told = r"\(in 0\.weight.*\)\. Before protection its update was not finite in 4\.square\. Lower the learning"
+    with pytest.raises(NonFiniteError, match=told):
+        play(model, local, executor, defense=defense)
+
+
+def test_where_a_defense_makes_a_nan_of_a_finite_update_it_is_blamed() -> None:
+    with pytest.raises(NonFiniteError, match=r"Before protection its update was finite: the defense made it so\."):
+        play(victim(), FedSGD(batch_size=4), Vmap(chunk_size=2), defense=_Broken(1e9))
+
+
+def test_the_update_before_protection_is_only_computed_to_explain_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> Update:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(Clients, "unprotected", never)
+    play(victim(), FedSGD(batch_size=4), Loop(), defense=ClipUpdate())
+    broken = _Broken(0.5)
+    assert play(victim(), FedSGD(batch_size=4), Loop(), defense=broken, on_nonfinite="drop_client").dropped
 
 
 def test_buffers_that_are_not_finite_count_as_the_update() -> None:
