@@ -6,7 +6,10 @@ from gia_bench.attacks.base import Attack
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.aggregation import Aggregation
+from gia_bench.federated.local import LocalWork
+from gia_bench.federated.sampling import POISSON
 from gia_bench.federated.schedule import Schedule
+from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge, Power, ThreatModel
 
 # a server that can send another model can send other parameters too
@@ -35,6 +38,15 @@ def check_aggregation(name: str, threat: ThreatModel, aggregation: Aggregation) 
         raise IncompatibleError(
             f"attack {name} under threat={threat.name} looks at one client's update, which is uniform noise behind the "
             "masks of secure aggregation; choose threat=secure_aggregation, or aggregation=plain."
+        )
+
+
+def check_sampling(local: LocalWork, victim: Victim) -> None:
+    """Raises ``IncompatibleError`` where a step may be empty, and the model needs what is in it."""
+    if local.sampling == POISSON and victim.batch_coupled:
+        raise IncompatibleError(
+            "fl.local.sampling=poisson may draw no example for a step, and of none BatchNorm in training mode has no "
+            "statistics; choose a model with GroupNorm or none, or set model.training=false."
         )
 
 

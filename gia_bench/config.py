@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.attacks.base import Attack
-from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_threat
+from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_sampling, check_threat
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition, Scheme
 from gia_bench.data.public import public_examples
@@ -131,6 +131,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
         mean=dataset.mean, std=dataset.std, seed=cfg.seed, prepare=defense.prepare_model,
     )  # fmt: skip
+    check_sampling(schedule.local, victim)
     for attack in attacks.values():
         attack.check_victim(victim)
     _bound("fl.server.optimizer", schedule.server.configure, parameters=victim.module.parameters())

@@ -44,9 +44,10 @@ class Cohort:
         return tuple(tuple(len(s) for s in steps) for steps in self.steps)
 
     def batch(self, members: Sequence[int]) -> Batch:
-        """The batches [k, S, B, ...] of some members (positions in the cohort), padded to the longest among them."""
+        """The batches [k, S, B, ...] of some members (positions in the cohort), padded to the longest among them, and
+        to one example where all steps are empty."""
         num_steps = max(len(self.steps[m]) for m in members)
-        size = max(max(self.counts[m]) for m in members)
+        size = max(1, *(max(self.counts[m]) for m in members))
         indices = torch.full((len(members), num_steps, size), -1)
         for row, m in enumerate(members):
             for s, step in enumerate(self.steps[m]):
@@ -66,7 +67,7 @@ class Cohort:
 
     def truth(self, clients: Sequence[int]) -> Truth:
         """The distinct images behind the updates of some clients, in the order of their first use."""
-        indices = torch.tensor(self._used([self.clients.index(c) for c in clients]))
+        indices = torch.tensor(self._used([self.clients.index(c) for c in clients]), dtype=torch.int64)
         return Truth(self.source.images(indices).to(self.device), self.source.labels[indices].to(self.device))
 
     def _used(self, members: Sequence[int]) -> list[int]:

@@ -147,7 +147,8 @@ class Defense(ABC):
     def gradient(
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
     ) -> tuple[Update, Buffers, Tensor]:
-        """The gradient of one local step, the buffers after it, and the mean loss (DP-SGD clips per example here)."""
+        """The gradient of one local step, the buffers after it, and the mean loss (DP-SGD clips per example here). Both
+        are means: sums over the examples that the step really holds, or over 1 where it holds none."""
         gradient, (value, buffers) = torch.func.grad(_with_value(loss), has_aux=True)(params, batch)
         return gradient, buffers, value
 

@@ -35,8 +35,8 @@ class Accounted(Protocol):
 
 
 class Budget(NamedTuple):
-    """(epsilon, delta)-differential privacy of one client's examples. nominal: the number is computed as if examples
-    were sampled as the accountant assumes, and they were not; it is a label, not a guarantee."""
+    """(epsilon, delta)-differential privacy of one unit. nominal: the number is computed as if units were sampled as
+    the accountant assumes, and they were not; it is a label, not a guarantee."""
 
     epsilon: float
     delta: float
@@ -62,8 +62,8 @@ def epsilon(
     """The epsilon of ``num_steps`` steps of DP-SGD with Poisson sampling.
 
     noise_multiplier: > 0; sample_rate: the chance of an example to be in a step, in (0, 1]; delta: in (0, 1);
-    accountant: "rdp" (Mironov 2017) or "prv" (Gopi et al. 2021); poisson: whether that is how examples were sampled.
-    gia_bench's own batches are shuffled, so the budget of its runs is nominal, unless every step uses all examples.
+    accountant: "rdp" (Mironov 2017) or "prv" (Gopi et al. 2021); poisson: whether that is how examples were sampled
+    (fl.local.sampling=poisson). The budget of shuffled batches is nominal, unless every step uses all examples.
     Raises ``ConfigError`` out of these ranges, and where Opacus is not installed.
     """
     where = "dp_accounting.epsilon:"

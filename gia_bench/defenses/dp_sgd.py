@@ -27,8 +27,12 @@ class DPSGD(Defense):
     """(sum of per-example gradients, each clipped, + noise) / examples (Abadi et al. 2016, algorithm 1).
 
     max_grad_norm: C, the joint Euclidean norm that one example's gradient may have, > 0; noise_multiplier: the noise's
-    standard deviation is noise_multiplier * C on the sum, >= 0. It is divided by the examples that the batch really
-    holds. delta, accountant: of the budget that is recorded, as in ``dp_accounting.epsilon``.
+    standard deviation is noise_multiplier * C on the sum, >= 0. delta, accountant: of the budget that is recorded, as
+    in ``dp_accounting.epsilon``.
+
+    What the noised sum is divided by must be public. Of a shuffled batch that is its size; of a Poisson batch the local
+    work takes the expected size instead (``federated.sampling``), and an empty batch sends its noise as any other. Only
+    with Poisson batches is the recorded budget that of the run, else it is nominal.
 
     A model whose examples are coupled (BatchNorm in training mode) is refused.
     """
@@ -67,7 +71,7 @@ class DPSGD(Defense):
     def gradient(
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int
     ) -> tuple[Update, Buffers, Tensor]:
-        """The clipped and noised mean gradient; padding contributes nothing."""
+        """The clipped and noised mean gradient, that of an empty batch divided by 1; padding contributes nothing."""
 
         def of_one(example: Batch) -> tuple[Update, Buffers, Tensor]:
             def value(weights: Params) -> tuple[Tensor, tuple[Buffers, Tensor]]:

@@ -27,6 +27,7 @@ ImageMetric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 IMAGE_METRICS: Mapping[str, ImageMetric] = {"mse": mse, "psnr_db": psnr_db, "ssim": ssim, "nmi": nmi}
 LABELS = "label_accuracy"
 FLAT = "oracle_flat_psnr_db"
+NOBODY = "no example is behind this update: an empty batch, of which there is nothing to rebuild"
 
 
 @final
@@ -113,11 +114,16 @@ def evaluate(reconstruction: Reconstruction, truth: Truth, metrics: Metrics | No
 
     One value per truth image and image metric, and one label accuracy for the batch; beside the PSNR that of a flat
     image of the truth's own mean colour, per channel, which an attack has to beat to have rebuilt anything. Of an
-    ensemble also the best that it could have chosen, had it known the truth (``oracle_...``). What cannot
-    be scored is a value with status "failed" (no reconstruction) or "unavailable" (the metric does not exist here) and
-    its reason, never a number. Raises ``ConfigError`` where the images' shapes differ.
+    ensemble also the best that it could have chosen, had it known the truth (``oracle_...``). What cannot be scored is
+    a value with status "failed" (no reconstruction) or "unavailable" (the metric does not exist here) and its reason,
+    never a number; of no truth image at all, one of each metric is unavailable. Raises ``ConfigError`` where the
+    images' shapes differ.
     """
     metrics = metrics or Metrics()
+    if not len(truth.inputs):
+        names = [*metrics.per_image, *(n for n in metrics.names if n == LABELS)]
+        nothing = [Value(metric=n, victim=None, value=None, status="unavailable", reason=NOBODY) for n in names]
+        return Scores(tuple(nothing), torch.empty(0, dtype=torch.int64))
     values, matching = _leak(reconstruction, truth, metrics)
     if reconstruction.alternatives:
         values += _upper_bound([_leak(one, truth, metrics)[0] for one in reconstruction.alternatives.values()])

@@ -62,8 +62,9 @@ class BoundsProbe(L.Callback):
     def _record(self, update: Update, num_examples: int, num_clients: int, **place: Any) -> None:
         rank = sum(int(t.count_nonzero()) for t in update.values())
         self.recorder.add("sent_share", rank / sum(t.numel() for t in update.values()), **place)
-        if num_clients == 1:
-            reason = "of a client alone in its round nothing is averaged away, so that no bound of this form exists"
+        if num_clients == 1 or not num_examples:
+            alone = "of a client alone in its round nothing is averaged away, so that no bound of this form exists"
+            reason = alone if num_clients == 1 else "an empty batch has nothing that could leak"
             self.recorder.add("leakage_trend_nats", None, status="unavailable", reason=reason, **place)
             return
         self.recorder.add("leakage_trend_nats", leakage_bound(rank, num_examples, num_clients), **place)

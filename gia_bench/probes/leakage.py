@@ -17,6 +17,7 @@ from gia_bench.data.cohort import Cohort
 from gia_bench.federated.module import FederatedModule, RoundReport
 from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
+from gia_bench.metrics.evaluate import NOBODY
 from gia_bench.probes.feasibility import feasibility
 from gia_bench.probes.history import History
 from gia_bench.probes.malicious import play_malicious_round
@@ -94,6 +95,12 @@ class LeakageProbe(L.Callback):
 
     def _attack(self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, rules: Rules) -> None:
         round_index, seen = transcript.round_index, self._observe(transcript, cohort, rules)
+        empty = [c for c in seen if not sum(cohort.num_examples[m] for m in _behind(c, transcript, cohort))]
+        for client in empty:
+            self._record_nothing(name, cohort, client, NOBODY)
+            del seen[client]
+        if not seen:
+            return
         if attack.remembers:
             self._history.unpack(self._saved, next(iter(seen.values())), rules.local)
             earlier = {client: self._history.before(client, round_index) for client in seen}
@@ -128,12 +135,12 @@ class LeakageProbe(L.Callback):
         """A client that was to be attacked and sent nothing is counted, not forgotten. nobody: no sum either."""
         gone: list[int | None] = [*sorted(clients)] if self.threat.sees_clients else [None] * nobody
         for client in gone:
-            truth = cohort.truth(cohort.clients if client is None else (client,))
-            nothing = Reconstruction(
-                inputs=torch.zeros_like(truth.inputs), labels=None, score=float("inf"),
-                failure="the client was dropped: its update was not finite",
-            )  # fmt: skip
-            self._record(attack, cohort.round_index, client, evaluate(nothing, truth, self.metrics))
+            self._record_nothing(attack, cohort, client, "the client was dropped: its update was not finite")
+
+    def _record_nothing(self, attack: str, cohort: Cohort, client: int | None, why: str) -> None:
+        truth = cohort.truth(cohort.clients if client is None else (client,))
+        nothing = Reconstruction(inputs=torch.zeros_like(truth.inputs), labels=None, score=float("inf"), failure=why)
+        self._record(attack, cohort.round_index, client, evaluate(nothing, truth, self.metrics))
 
     def _record(self, attack: str, round_index: int, client: int | None, scores: Scores) -> None:
         for value in scores.values:
@@ -147,3 +154,8 @@ class LeakageProbe(L.Callback):
     ) -> None:
         path = save_images(self.folder, round_index, client, attack, rebuilt, truth, scores)
         self.recorder.mirror.show_images(path, round_index)
+
+
+def _behind(client: int | None, transcript: Transcript, cohort: Cohort) -> list[int]:
+    """The positions in the cohort of those whose examples an observation is of."""
+    return [cohort.clients.index(c) for c in (transcript.clients if client is None else (client,))]

@@ -14,7 +14,15 @@ from gia_bench.defenses.base import Defense
 from gia_bench.defenses.dp_accounting import Accounted, Budget, Mechanism, epsilon
 from gia_bench.errors import ConfigError
 from gia_bench.federated.module import FederatedModule
+from gia_bench.federated.sampling import POISSON
 from gia_bench.probes.recorder import Recorder
+
+SAMPLED = {
+    "example": "batches are shuffled (fl.local.sampling=poisson draws them as the accountant assumes)",
+    "client": "a round has a fixed number of clients",
+}
+"""By unit, why it was not sampled as the accountant assumes."""
+OTHERS = "other stages are left out of account"
 
 
 class Spending(NamedTuple):
@@ -34,9 +42,11 @@ class PrivacyProbe(L.Callback):
     that the client played, without amplification, since the server knows who plays. ``client_epsilon_*`` (client_dp):
     every round, with the chance clients per round / clients, and the noise of all clients that a round averages over.
 
-    Neighbours differ in one unit's contribution (present, or 0). A record's remark holds delta, and says "nominal"
-    where the accountant's sampling (Poisson) is not the run's (shuffled), or where other stages of a chain or a
-    pruning, which may look at the data too, are left out of account.
+    Neighbours differ in one unit's contribution (present, or 0). A record's remark holds delta, and says "nominal" and
+    why where the accountant's sampling (Poisson) is not the run's (fl.local.sampling=shuffled; clients of a round are
+    always drawn in a fixed number), or where other stages of a chain or a pruning, which may look at the data too, are
+    left out of account. The budget is that of what is sent: the number of examples of a Poisson batch is not, and an
+    attacker to whom a threat model shows it knows more.
     """
 
     def __init__(self, recorder: Recorder, data: FederatedDataModule) -> None:
@@ -60,16 +70,30 @@ class PrivacyProbe(L.Callback):
         self._gain = min(self._gain, math.sqrt(sum(w * w for w in weights)) / max(weights))
         self._rounds += 1
         for client, counts in zip(batch.clients, batch.counts, strict=True):
-            rate = max(counts) / len(self.data.partition.clients[client])
+            held = len(self.data.partition.clients[client])
+            rate, steps = pl_module.rules.local.poisson_rate(held), len(counts)
+            if rate is None:  # a shuffled step without examples is not taken; an empty Poisson step sends its noise
+                rate, steps = max(counts) / held, sum(n > 0 for n in counts)
             self._rates[client] = max(rate, self._rates.get(client, 0))
-            self._steps[client] = self._steps.get(client, 0) + sum(n > 0 for n in counts)
+            self._steps[client] = self._steps.get(client, 0) + steps
             self._played[client] = self._played.get(client, 0) + 1
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, FederatedModule)
+        poisson = pl_module.rules.local.sampling == POISSON
         for mechanism, alone in accounted(pl_module.rules.defense):
+            drawn = poisson and mechanism.unit == "example"
             for name, spendings in self._spent(mechanism).items():
-                self._record(f"{name}_{mechanism.accountant}", mechanism, spendings, alone, pl_module.round_index - 1)
+                metric, r = f"{name}_{mechanism.accountant}", pl_module.round_index - 1
+                try:
+                    budgets = [_budget(mechanism, s, poisson=drawn) for s in worst(spendings)]
+                except ConfigError as error:  # no noise, or no Opacus
+                    self.recorder.add(metric, None, round=r, status="unavailable", reason=str(error))
+                    continue
+                most = max(budgets, key=lambda budget: budget.epsilon)
+                whys = [SAMPLED[mechanism.unit]] * most.nominal + [OTHERS] * (not alone)
+                remark = f"delta={most.delta:g}" + f", nominal: {'; '.join(whys)}" * bool(whys)
+                self.recorder.add(metric, most.epsilon, round=r, reason=remark)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self._steps, "rates": self._rates, "played": self._played,
@@ -91,18 +115,6 @@ class PrivacyProbe(L.Callback):
             "client_local_epsilon": {Spending(sigma, 1.0, max(self._played.values()))},
         }
 
-    def _record(
-        self, metric: str, mechanism: Mechanism, spendings: set[Spending], alone: bool, round_index: int
-    ) -> None:
-        try:
-            budgets = [_budget(mechanism, s) for s in worst(spendings)]
-        except ConfigError as error:  # no noise, or no Opacus
-            self.recorder.add(metric, None, round=round_index, status="unavailable", reason=str(error))
-            return
-        most = max(budgets, key=lambda budget: budget.epsilon)
-        remark = f"delta={most.delta:g}" + ", nominal" * (most.nominal or not alone)
-        self.recorder.add(metric, most.epsilon, round=round_index, reason=remark)
-
 
 def accounted(defense: Defense) -> list[tuple[Mechanism, bool]]:
     """The mechanisms among a defense's stages, and whether each is all there is."""
@@ -118,8 +130,8 @@ def worst(spendings: Iterable[Spending]) -> list[Spending]:
     return found
 
 
-def _budget(mechanism: Mechanism, spent: Spending) -> Budget:
+def _budget(mechanism: Mechanism, spent: Spending, *, poisson: bool) -> Budget:
     return epsilon(
         noise_multiplier=spent.noise_multiplier, sample_rate=spent.sample_rate, num_steps=spent.num_steps,
-        delta=mechanism.delta, accountant=mechanism.accountant,
+        delta=mechanism.delta, accountant=mechanism.accountant, poisson=poisson,
     )  # fmt: skip

@@ -53,6 +53,15 @@ def test_a_perfect_reconstruction_has_the_best_score_of_every_metric() -> None:
     assert scores.median("psnr_db") == 100
 
 
+def test_where_no_image_is_behind_an_update_every_metric_is_unavailable_with_the_reason() -> None:
+    scores = evaluate(_guess(torch.zeros(0, 1, 16, 16), failure="none"), _truth(0), Metrics(lpips=None))
+    assert [v.metric for v in scores.values] == ["mse", "psnr_db", "ssim", "label_accuracy"]
+    for value in scores.values:
+        assert (value.victim, value.value, value.status) == (None, None, "unavailable")
+        assert value.reason is not None and "empty batch" in value.reason
+    assert scores.matching.shape == (0,)
+
+
 def test_every_value_names_its_victim_unit_and_direction() -> None:
     values = evaluate(
         _guess(_truth().inputs), _truth(), Metrics(names=["psnr_db", "label_accuracy"], lpips=None)

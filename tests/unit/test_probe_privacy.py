@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from opacus.accountants import create_accountant
 from torch import nn
 
 from gia_bench.data.datamodule import FederatedDataModule
@@ -32,6 +33,7 @@ from gia_bench.pruning.none import NoPruning
 from gia_bench.pruning.pruned import Pruned
 
 SIZES = (40, 80, 20, 60)
+NOMINAL = "delta=1e-05, nominal: batches are shuffled (fl.local.sampling=poisson draws them as the accountant assumes)"
 ANY: Any = None
 
 
@@ -98,7 +100,7 @@ def test_dp_sgd_spends_one_step_a_round_at_the_rate_of_the_client_with_the_fewes
     run.play(range(5))
     first = run.measure()
     run.play(range(5, 10))
-    assert first == {f"example_epsilon_{accountant}": (spent(2.0, 4 / 20, 5, accountant), "delta=1e-05, nominal")}
+    assert first == {f"example_epsilon_{accountant}": (spent(2.0, 4 / 20, 5, accountant), NOMINAL)}
     assert run.measure()[f"example_epsilon_{accountant}"][0] == spent(2.0, 4 / 20, 10, accountant)
 
 
@@ -111,6 +113,35 @@ def test_local_steps_count_one_by_one_and_whole_batches_are_not_nominal() -> Non
     run = Run(DPSGD(noise_multiplier=3.0), FedSGD(batch_size=None))
     run.play(range(2))
     assert run.measure()["example_epsilon_rdp"] == (spent(3.0, 1.0, 2), "delta=1e-05")
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_poisson_batches_spend_what_opacus_says_and_nothing_about_it_is_nominal(steps: int, accountant: str) -> None:
+    local = FedAvg(epochs=None, steps=3, batch_size=2, sampling="poisson")
+    run = Run(
+        DPSGD(noise_multiplier=2.0, accountant=accountant),
+        local if steps > 1 else FedSGD(batch_size=2, sampling="poisson"),
+    )
+    run.play(range(5))
+    counts = [n for r in range(5) for own in run.data.cohort(r).counts for n in own]
+    assert 0 in counts and max(counts) > 2  # neither an empty step nor a large one changes what is spent
+    ledger = create_accountant(accountant)
+    for _ in range(5 * steps):
+        ledger.step(noise_multiplier=2.0, sample_rate=2 / min(SIZES))
+    expected = ledger.get_epsilon(delta=1e-5)
+    assert run.measure() == {f"example_epsilon_{accountant}": (pytest.approx(expected), "delta=1e-05")}
+
+
+def test_poisson_batches_beside_other_stages_are_nominal_for_these_alone() -> None:
+    chain = Chain(stages={"dp": DPSGD(noise_multiplier=4.0), "clip": ClipUpdate()})
+    run = Run(chain, FedSGD(batch_size=4, sampling="poisson"))
+    run.play(range(2))
+    _, remark = run.measure()["example_epsilon_rdp"]
+    assert remark == "delta=1e-05, nominal: other stages are left out of account"
+    run = Run(Chain(stages={"dp": DPSGD(noise_multiplier=4.0), "clip": ClipUpdate()}), FedSGD(batch_size=4))
+    run.play(range(2))
+    assert run.measure()["example_epsilon_rdp"][1] == f"{NOMINAL}; other stages are left out of account"
 
 
 def test_rounds_in_which_a_client_does_not_play_cost_it_nothing() -> None:
@@ -135,7 +166,7 @@ def test_client_dp_has_a_budget_before_the_server_and_one_before_those_who_see_t
     assert got["client_local_epsilon_rdp"] == (spent(4.0, 1.0, most), "delta=1e-05")
     value, remark = got["client_epsilon_rdp"]
     assert value == pytest.approx(spent(4.0 * gain, 2 / 4, 6))
-    assert remark == "delta=1e-05, nominal"
+    assert remark == "delta=1e-05, nominal: a round has a fixed number of clients"
 
 
 def test_a_dropped_client_adds_no_noise_to_the_mean() -> None:
@@ -148,7 +179,9 @@ def test_a_stage_of_a_chain_is_accounted_and_called_nominal() -> None:
     chain = Chain(stages={"clip": ClipUpdate(), "dp": ClientDP(noise_multiplier=4.0)})
     run = Run(chain, FedSGD(batch_size=4))
     run.play(range(2))
-    assert run.measure()["client_local_epsilon_rdp"] == (spent(4.0, 1.0, 2), "delta=1e-05, nominal")
+    assert run.measure()["client_local_epsilon_rdp"] == (
+        spent(4.0, 1.0, 2), "delta=1e-05, nominal: other stages are left out of account",
+    )  # fmt: skip
 
 
 def test_no_noise_and_no_opacus_are_recorded_as_unavailable_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
