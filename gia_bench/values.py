@@ -118,6 +118,18 @@ class Observation:
     num_clients: int = 1
     earlier: tuple[Observation, ...] = ()
 
+    @property
+    def unit(self) -> float:
+        """What a gradient that stays the same from step to step is multiplied with in this update: 1 for FedSGD; for
+        FedAvg the learning rate times the number of local steps; of Poisson batches also the examples over those
+        expected. Of an aggregate: for a client with the mean number of examples."""
+        return 1.0 if self.local is None else self.local.scale(self.examples_each)
+
+    @property
+    def examples_each(self) -> int:
+        """The examples of one client, on average over an aggregate; 1 where their number is not shown."""
+        return max(round((self.num_examples or 1) / self.num_clients), 1)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reconstruction:

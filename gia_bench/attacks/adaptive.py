@@ -89,7 +89,7 @@ class Likelihood:
 
     def informed(self, observation: Observation, unit: float) -> Distance:
         """The noise's own distance, or ``otherwise``."""
-        law = None if observation.defense is None else observation.defense.noise_law()
+        law = None if observation.defense is None else observation.defense.noise_law(observation)
         if law is None:
             return self.otherwise
 

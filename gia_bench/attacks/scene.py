@@ -62,8 +62,5 @@ class PixelSpace:
 
 
 def update_unit(observation: Observation) -> float:
-    """What a gradient that stays the same is multiplied with in this update: 1 for FedSGD; for FedAvg the learning
-    rate times the number of local steps (of an aggregate: those of a client with the mean number of examples).
-    """
-    local, count = observation.local, observation.num_examples or 1
-    return 1.0 if local is None else local.scale(max(round(count / observation.num_clients), 1))
+    """What updates are divided by before they are compared (``Observation.unit``)."""
+    return observation.unit

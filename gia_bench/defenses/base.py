@@ -200,9 +200,9 @@ class Defense(ABC):
         """
         return next(iter(update.values())).new_zeros(())
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The law of the noise in what is sent, for attackers who know the defense; None: it adds none, or another
-        stage changes it."""
+        stage changes it, or it depends on an observation, and this one (None: none yet) does not show enough."""
         return None
 
     def restore(self, update: Update, observation: Observation) -> Update:

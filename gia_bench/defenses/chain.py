@@ -92,6 +92,15 @@ class Chain(Defense):
     def _packing(self) -> int:
         return max((i for i, s in enumerate(self.parts) if s.codec is not DENSE), default=0)
 
+    @property
+    def _acting(self) -> list[tuple[int, Defense]]:
+        """The stages with their positions, in the order in which they touch an update: first who computes it."""
+        return sorted(enumerate(self.parts), key=lambda placed: not placed[1].own_gradients)
+
+    def _seen_by(self, position: int, observation: Observation) -> Observation:
+        shared = _part(observation.shared, position)
+        return dataclasses.replace(observation, shared=shared, defense=self.parts[position])
+
     def leaves(self) -> tuple[Defense, ...]:
         """Those of all stages."""
         return tuple(leaf for stage in self.parts for leaf in stage.leaves())
@@ -212,9 +221,8 @@ class Chain(Defense):
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The stages' stand-ins in order; all of them look at the update that was observed in the end."""
-        for i, stage in enumerate(self.parts):
-            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
-            update = stage.surrogate(update, own)
+        for i, stage in self._acting:
+            update = stage.surrogate(update, self._seen_by(i, observation))
         return update
 
     def violation(self, update: Update, observation: Observation) -> Tensor:
@@ -223,22 +231,21 @@ class Chain(Defense):
         All look at what was observed in the end.
         """
         found = []
-        for i, stage in enumerate(self.parts):
-            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
+        for i, stage in self._acting:
+            own = self._seen_by(i, observation)
             found.append(stage.violation(update, own))
             update = stage.surrogate(update, own)
         return torch.stack(found).sum()
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The last stage's, where no other one adds noise."""
-        laws = [stage.noise_law() for stage in self.parts]
+        laws = [s.noise_law(None if observation is None else self._seen_by(i, observation)) for i, s in self._acting]
         return laws[-1] if laws[:-1] == [None] * (len(laws) - 1) else None
 
     def restore(self, update: Update, observation: Observation) -> Update:
         """By all stages, the last one first."""
         for i, stage in reversed(list(enumerate(self.parts))):
-            own = dataclasses.replace(observation, shared=_part(observation.shared, i), defense=stage)
-            update = stage.restore(update, own)
+            update = stage.restore(update, self._seen_by(i, observation))
         return update
 
     def measure(self, state: State) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ class ClientDP(Defense):
         short = clipped(update, self.max_norm)
         return {name: u + sigma * noise[name].to(u.device, u.dtype) for name, u in short.items()}, state
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """Gaussian, of noise_multiplier * max_norm, which is public; None for no noise."""
         sigma = self.noise_multiplier * self.max_norm
         return Gaussian(sigma) if sigma else None

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from gia_bench.defenses.base import BatchLoss, Client, Defense
+from gia_bench.defenses.base import BatchLoss, Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.defenses.dp_accounting import Mechanism, check_budget
+from gia_bench.defenses.noise import Gaussian
 from gia_bench.errors import IncompatibleError
-from gia_bench.values import Batch, Buffers, Noise, Params, Shared, State, Update
+from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Shared, State, Update
 
 if TYPE_CHECKING:
     from gia_bench.models.functional import Victim
@@ -93,3 +94,25 @@ class DPSGD(Defense):
     ) -> tuple[Update, State]:
         """The update itself: its gradients are private already."""
         return update, state
+
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
+        """Gaussian, of noise_multiplier * C / examples in the unit of an update of one local step; of K clients' mean,
+        sqrt(K) times that, over the examples of all. None for several steps, where a step's noise also changes the
+        gradients after it, and where the number of examples is not shown."""
+        sigma = self.noise_multiplier * self.max_grad_norm
+        if observation is None or not observation.num_examples or not sigma:
+            return None
+        local, count = observation.local, observation.num_examples
+        if local is not None and sum(map(len, local.plan(observation.examples_each))) > 1:
+            return None
+        return Gaussian(observation.unit * sigma * math.sqrt(observation.num_clients) / count)
+
+    def surrogate(self, update: Update, observation: Observation) -> Update:
+        """The dummy gradient clipped at C: exact for one example. A mean of several clipped gradients is at most as
+        long, so that this is the nearest one that clipping allows; how long it really is depends on the gradient of
+        every example. Local steps (FedAvg) are left as they are: their weight decay is not clipped, and a walk with
+        clipped steps leads to other weights than the dummy's.
+        """
+        if observation.local is not None and observation.local.learning_rate is not None:
+            return update
+        return clipped(update, observation.unit * self.max_grad_norm)

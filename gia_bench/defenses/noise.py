@@ -17,7 +17,7 @@ from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.draws import laplace
 from gia_bench.errors import ConfigError
-from gia_bench.values import Batch, Noise, Params, Shared, State, Update
+from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 
 
 @final
@@ -39,7 +39,7 @@ class GaussianNoise(Defense):
         """The standard deviation."""
         return math.sqrt(self.variance) if self.variance is not None else float(self.scale or 0)
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """Gaussian; None for sigma = 0."""
         return Gaussian(self.sigma) if self.sigma else None
 
@@ -73,7 +73,7 @@ class LaplaceNoise(Defense):
         """The Laplace distribution's scale."""
         return math.sqrt(self.variance / 2) if self.variance is not None else float(self.scale or 0)
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """Laplace; None for b = 0."""
         return _Laplace(self.b) if self.b else None
 

@@ -195,9 +195,9 @@ class Pruned(Defense):
         """The inner defense's: the masks do not depend on the update."""
         return self.inner.violation(self._as_seen(update, observation), self._inside(observation))
 
-    def noise_law(self) -> NoiseLaw | None:
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The inner defense's: off the masks there is neither noise nor residual."""
-        return self.inner.noise_law()
+        return self.inner.noise_law(None if observation is None else self._inside(observation))
 
     def restore(self, update: Update, observation: Observation) -> Update:
         """The inner defense's, on the masks."""

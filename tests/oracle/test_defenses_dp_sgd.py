@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -10,13 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gia_bench.defenses.base import Defense
+from gia_bench.defenses.chain import Chain
+from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dp_accounting import epsilon
 from gia_bench.defenses.dp_sgd import DPSGD
+from gia_bench.defenses.noise import Gaussian, GaussianNoise
+from gia_bench.defenses.top_k import TopK
 from gia_bench.errors import ConfigError, IncompatibleError
-from gia_bench.federated.local import FedAvg, FedSGD
+from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
 from gia_bench.models.functional import Victim
+from gia_bench.pruning.none import NoPruning
+from gia_bench.pruning.pruned import Pruned
 from gia_bench.seeding import seeded, stream
-from gia_bench.values import Batch, Buffers, Params, Update
+from gia_bench.values import Batch, Buffers, Observation, Params, Update
 
 CLIENTS, STEPS, EXAMPLES = 3, 2, 5
 
@@ -199,3 +207,97 @@ def test_without_opacus_the_budget_says_what_to_install(monkeypatch: pytest.Monk
 def test_a_budget_out_of_range_is_refused_with_a_sentence(changed: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         epsilon(**({"noise_multiplier": 1.0, "sample_rate": 0.1, "num_steps": 1, "delta": 1e-5} | changed))
+
+
+def sent_and_seen(
+    local: LocalWork, batch: Batch, defense: DPSGD, seed: int = 0, **shown: Any
+) -> tuple[Victim, Update, Observation]:
+    """What one client with ``batch`` [S, B, ...] sends, and what an attacker who knows the defense holds."""
+    model = victim()
+    params, buffers = model.initial()
+    update = local.run(model, defense, params, buffers, batch, defense.draw(params, batch, stream(seed)), None).update
+    count = int(batch.mask[0].sum())
+    seen = Observation(params=params, update=update, num_examples=count, local=local, defense=defense, **shown)
+    return model, update, seen
+
+
+ONE_STEP: list[LocalWork] = [
+    FedSGD(batch_size=None), FedSGD(batch_size=8, sampling="poisson"), FedAvg(learning_rate=0.1, batch_size=None),
+    FedAvg(learning_rate=0.1, epochs=None, steps=1, batch_size=8, sampling="poisson"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 1e6])
+@pytest.mark.parametrize("local", ONE_STEP[:2], ids=repr)
+def test_the_stand_in_of_the_true_gradient_of_one_example_is_what_was_sent(local: LocalWork, max_norm: float) -> None:
+    single = Batch(*(t[None, :1] for t in one(0, 0)))
+    model, sent, seen = sent_and_seen(local, single, DPSGD(max_grad_norm=max_norm, noise_multiplier=0))
+    true = local.simulate(model, seen.params, {}, [Batch(*(t[0] for t in single))])
+    found = DPSGD(max_grad_norm=max_norm).surrogate(true, seen)
+    assert all(torch.allclose(found[k], u, rtol=1e-6, atol=1e-12) for k, u in sent.items())
+
+
+@pytest.mark.parametrize("local", ONE_STEP[:2], ids=repr)
+def test_no_stand_in_and_nothing_sent_without_noise_is_longer_than_clipping_allows(local: LocalWork) -> None:
+    bound = 0.2
+    whole = Batch(*(t[:1] for t in (t[0] for t in batches())))
+    model, sent, seen = sent_and_seen(local, whole, DPSGD(max_grad_norm=bound, noise_multiplier=0))
+    true = local.simulate(model, seen.params, {}, [Batch(*(t[0] for t in whole))])
+    allowed = bound * (1 if local.sampling == "shuffled" else EXAMPLES / 8)
+    for update in (sent, DPSGD(max_grad_norm=bound).surrogate(true, seen)):
+        assert math.sqrt(sum(float(u.square().sum()) for u in update.values())) <= allowed * (1 + 1e-6)
+
+    def length(scale: Tensor) -> Tensor:
+        own = DPSGD(max_grad_norm=bound).surrogate({k: scale * u for k, u in true.items()}, seen)
+        return torch.stack([u.square().sum() for u in own.values()]).sum().sqrt()
+
+    slopes = torch.vmap(torch.func.grad(length))(torch.tensor([1e-3, 0.0, 100.0], dtype=torch.float64))
+    assert slopes[0] > 0 and slopes[2].abs() < 1e-9  # within the bound the dummy's own, beyond it that of a constant
+
+
+def test_local_steps_have_no_stand_in_but_themselves() -> None:
+    local = FedAvg(learning_rate=0.1, epochs=2, batch_size=None)
+    update = {"w": 100 * torch.ones(4)}
+    assert DPSGD().surrogate(update, Observation(params={}, update=update, local=local, num_examples=2)) is update
+
+
+@pytest.mark.parametrize("local", ONE_STEP, ids=repr)
+def test_the_law_of_the_noise_in_one_step_is_that_of_what_was_sent(local: LocalWork) -> None:
+    whole = Batch(*(t[:1] for t in (t[0] for t in batches())))
+    defense, quiet = DPSGD(max_grad_norm=0.5, noise_multiplier=3.0), DPSGD(max_grad_norm=0.5, noise_multiplier=0)
+    _, clean, _ = sent_and_seen(local, whole, quiet)
+    errors = []
+    for seed in range(10):
+        _, sent, seen = sent_and_seen(local, whole, defense, seed)
+        errors += [(sent[k] - clean[k]).flatten() for k in sent]
+    law = defense.noise_law(seen)
+    assert isinstance(law, Gaussian)
+    assert float(torch.cat(errors).std()) == pytest.approx(law.sigma, rel=0.05)
+    assert quiet.noise_law(seen) is None
+    assert defense.noise_law() is None and defense.noise_law(dataclasses.replace(seen, num_examples=None)) is None
+    # two clients with as many examples each: independent noises, averaged
+    both = defense.noise_law(dataclasses.replace(seen, num_clients=2, num_examples=2 * EXAMPLES))
+    assert isinstance(both, Gaussian) and both.sigma == pytest.approx(law.sigma / math.sqrt(2))
+
+
+def test_several_steps_have_no_simple_law_and_a_chain_knows_whose_noise_comes_first() -> None:
+    several = FedAvg(learning_rate=0.1, epochs=2, batch_size=None)
+    defense = DPSGD()
+    seen = Observation(params={}, update={}, num_examples=4, local=several, defense=defense)
+    assert defense.noise_law(seen) is None
+    seen = dataclasses.replace(seen, local=FedSGD())
+    assert defense.noise_law(seen) == Gaussian(1 / 4)
+    assert Chain(stages={"dp": defense}).noise_law(seen) == Gaussian(1 / 4)
+    for stages in ({"clip": ClipUpdate(), "dp": defense}, {"dp": defense, "clip": ClipUpdate()}):
+        assert Chain(stages=stages).noise_law(seen) is None  # wherever it is written, the clip shortens the noise too
+    noisy: dict[str, Defense] = {"noise": GaussianNoise(scale=0.1), "dp": defense}
+    assert Chain(stages=noisy).noise_law(seen) is None
+    assert Pruned(inner=defense, method=NoPruning()).noise_law(seen) == Gaussian(1 / 4)
+
+
+def test_a_chain_computes_the_gradient_before_it_protects_it_in_its_stand_in_too() -> None:
+    true, sent = {"w": torch.tensor([3.0, 4.0, 0.0])}, {"w": torch.tensor([0.0, 0.8, 0.0])}
+    seen = Observation(params={}, update=sent, num_examples=1, local=FedSGD())
+    first: dict[str, Defense] = {"dp": DPSGD(max_grad_norm=1.0), "top": TopK(keep=0.34)}
+    for stages in (first, dict(reversed(first.items()))):
+        assert torch.allclose(Chain(stages=stages).surrogate(true, seen)["w"], sent["w"])
