@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import hydra
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
 from gia_bench.compatibility import check_aggregation
 from gia_bench.conf_path import CONF
@@ -20,7 +21,7 @@ from gia_bench.data.source import InMemory
 from gia_bench.defenses.base import Defense
 from gia_bench.errors import IncompatibleError
 from gia_bench.federated.aggregation import Plain
-from gia_bench.federated.execution import Vmap
+from gia_bench.federated.execution import Executor, Loop, Vmap
 from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
@@ -78,7 +79,10 @@ def data() -> InMemory:
     return InMemory(torch.rand(400, *SHAPE, generator=draw), torch.arange(400) % CLASSES)
 
 
-def play(defense: Defense, model: str, local: LocalWork, pruning: str, aggregation: str) -> Round:
+def play(
+    defense: Defense, model: str, local: LocalWork, pruning: str, aggregation: str,
+    chosen: Sequence[Sequence[Tensor]] | None = None, executor: Executor | None = None,
+) -> Round:  # fmt: skip
     """A round as a run would compose and play it. Raises ``IncompatibleError`` as a run would."""
     wrapped = defense if pruning == "none" else Pruned(inner=defense, method=composed("pruning", pruning))
     with seeded(0, "model"):
@@ -86,15 +90,16 @@ def play(defense: Defense, model: str, local: LocalWork, pruning: str, aggregati
     victim = Victim(module=module, input_shape=SHAPE, num_classes=CLASSES)
     wrapped.check_victim(victim)
     wrapped = wrapped.calibrate(victim, data())
-    steps = [local.schedule(EACH, 0, 0, c) for c in CLIENTS]
+    steps = chosen or [local.schedule(EACH, 0, 0, c) for c in CLIENTS]
     cohort = Cohort(
         round_index=0, clients=CLIENTS, source=data(),
         steps=tuple(tuple(EACH * i + p for p in own) for i, own in enumerate(steps)),
         weights=tuple(local.weight(EACH, own) for own in steps),
     )  # fmt: skip
     rules = Rules(
-        victim=victim, defense=wrapped, local=local, executor=Vmap(), seed=0, aggregation=AGGREGATIONS[aggregation]
-    )
+        victim=victim, defense=wrapped, local=local, executor=executor or Vmap(), seed=0,
+        aggregation=AGGREGATIONS[aggregation],
+    )  # fmt: skip
     params, buffers = victim.initial()
     params, state = wrapped.settle(params, wrapped.init_server(params))
     with torch.no_grad():
@@ -109,6 +114,20 @@ def or_sentence(defense: str, *parts: Any) -> Round | None:
         if not re.search(r"\w+( [\w=.(),:;-]+){6,}", str(refused)):
             raise AssertionError(f"no sentence: {refused}") from refused
         return None
+
+
+@pytest.mark.parametrize("steps", [[[], [0, 1, 2]], [[], []]], ids=["beside a full one", "alone"])
+@pytest.mark.parametrize("defense", names("defense"))
+def test_a_defense_takes_an_empty_poisson_batch_in_a_loop_as_under_vmap(defense: str, steps: list[list[int]]) -> None:
+    local = FedSGD(batch_size=2, sampling="poisson")
+    chosen = [[torch.tensor(own, dtype=torch.int64)] for own in steps]
+    alone, mapped = (
+        play(composed("defense", defense), "convolutional", local, "none", "plain", chosen, executor)
+        for executor in (Loop(), Vmap())
+    )
+    # a last digit may decide how half_precision rounds
+    torch.testing.assert_close(mapped.aggregate, alone.aggregate, rtol=2e-3, atol=1e-5)
+    assert all(v.isfinite().all() for v in alone.aggregate.values())
 
 
 @pytest.mark.parametrize("defense", names("defense"))
