@@ -131,7 +131,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
         mean=dataset.mean, std=dataset.std, seed=cfg.seed, prepare=defense.prepare_model,
     )  # fmt: skip
-    check_sampling(schedule.local, victim)
+    check_sampling(schedule.local, victim, defense)
     for attack in attacks.values():
         attack.check_victim(victim)
     _bound("fl.server.optimizer", schedule.server.configure, parameters=victim.module.parameters())

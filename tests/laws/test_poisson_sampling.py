@@ -19,7 +19,9 @@ from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition
 from gia_bench.data.source import Dataset, InMemory
 from gia_bench.defenses.base import Defense
+from gia_bench.defenses.chain import Chain
 from gia_bench.defenses.dp_sgd import DPSGD
+from gia_bench.defenses.mixup import MixUp
 from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.execution import Executor, Loop, Vmap
@@ -238,9 +240,11 @@ def test_settings_that_make_no_sense_are_refused_with_the_way_out(model: Victim)
         ONE.schedule(2, 0, 0, 3)
     coupled = dataclasses.replace(model, module=nn.Sequential(nn.BatchNorm2d(1), *model.module))
     with pytest.raises(IncompatibleError, match=r"BatchNorm in training mode.*GroupNorm.*model.training=false"):
-        check_sampling(ONE, coupled)
-    check_sampling(FedSGD(), coupled)
-    check_sampling(ONE, dataclasses.replace(coupled, training=False))
+        check_sampling(ONE, coupled, NoDefense())
+    with pytest.raises(IncompatibleError, match=r"nothing to mix with; set fl.local.sampling=shuffled"):
+        check_sampling(SEVERAL, model, Chain(stages={"mix": MixUp()}))
+    check_sampling(FedSGD(), coupled, MixUp())
+    check_sampling(ONE, dataclasses.replace(coupled, training=False), DPSGD())
 
 
 def test_all_of_a_clients_data_is_all_of_it_under_either_sampling() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gia_bench.defenses.priprune import PriPrune
 from gia_bench.defenses.top_k import TopK
 from gia_bench.errors import ConfigError
 from gia_bench.metrics import Metrics
-from gia_bench.probes.bounds import leakage_bound, prunes
+from gia_bench.probes.bounds import BoundsProbe, leakage_bound, prunes
 from gia_bench.pruning.pruned import with_pruning
 from gia_bench.pruning.random_mask import RandomMask
 from gia_bench.seeding import stream
@@ -40,6 +41,17 @@ def test_alone_nothing_is_bounded_and_no_round_has_less_than_nothing() -> None:
     for rank, batch_size, num_clients in ((-1, 8, 2), (1, 0, 2), (1, 8, 0)):
         with pytest.raises(ValueError, match="no such round"):
             leakage_bound(rank, batch_size, num_clients)
+
+
+def test_an_empty_batch_has_no_trend_and_the_record_says_why() -> None:
+    class Recorded:
+        def add(self, metric: str, value: float | None, **place: Any) -> None:
+            lines[metric] = (value, place.get("status"), place.get("reason"))
+
+    lines: dict[str, Any] = {}
+    BoundsProbe(Recorded())._record({"w": torch.zeros(4)}, 0, 3)  # type: ignore[arg-type]
+    value, status, reason = lines["leakage_trend_nats"]
+    assert (value, status) == (None, "unavailable") and "empty batch" in reason
 
 
 @pytest.mark.parametrize(
