@@ -237,7 +237,8 @@ class FedAvg:
         self, victim: Victim, defense: Defense, params: Params, buffers: Buffers, batch: Batch, noise: Noise,
         counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
-        """SGD with momentum and weight decay as in ``torch.optim.SGD``; steps without any example change nothing."""
+        """SGD with momentum and weight decay as in ``torch.optim.SGD``; shuffled steps without any example change
+        nothing."""
         walk = self._start(params, buffers)
         for s in range(batch.mask.shape[0]):
             own = step_of(batch, s, counts)

@@ -95,16 +95,16 @@ class LeakageProbe(L.Callback):
 
     def _attack(self, name: str, attack: Attack, transcript: Transcript, cohort: Cohort, rules: Rules) -> None:
         round_index, seen = transcript.round_index, self._observe(transcript, cohort, rules)
+        if attack.remembers:
+            self._history.unpack(self._saved, next(iter(seen.values())), rules.local)
+            earlier = {client: self._history.before(client, round_index) for client in seen}
+            seen = {client: dataclasses.replace(o, earlier=earlier[client]) for client, o in seen.items()}
         empty = [c for c in seen if not sum(cohort.num_examples[m] for m in _behind(c, transcript, cohort))]
         for client in empty:
             self._record_nothing(name, cohort, client, NOBODY)
             del seen[client]
         if not seen:
             return
-        if attack.remembers:
-            self._history.unpack(self._saved, next(iter(seen.values())), rules.local)
-            earlier = {client: self._history.before(client, round_index) for client in seen}
-            seen = {client: dataclasses.replace(o, earlier=earlier[client]) for client, o in seen.items()}
         seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in seen]
         snapshots = FileSnapshots(self.folder / SNAPSHOTS, f"round{round_index:06d}_{name}_", self.seconds)
         for client, observation in seen.items():
