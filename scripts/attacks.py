@@ -24,7 +24,7 @@ STEPS = {
 """Outer L-BFGS steps (20 evaluations each), or Adam steps."""
 
 ANY_BATCH = ("dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", "gia", "gradinversion")
-ONE = ("dlg", "idlg", "cpl", "dga", "dga_muted", "inverting_gradients", "gia", "gia_muted", "gradinversion", "sgi")
+ONE = ("dlg", "idlg", "cpl", "dga", "dga_muted", "inverting_gradients", "gia", "gia_muted", "sgi")
 CLOSED_FORMS = (("mlp", "analytic"), ("cnn6", "rgap"), ("vit_april", "april"))
 TRAINED = "model.checkpoint=${paths.data}/weights/cifar10_resnet/resnet20-12fca82f.th"
 
@@ -41,14 +41,9 @@ def closed_forms() -> Iterator[list[str]]:
         yield [f"model={model}", "model.normalize=true", "model.init=default", *launch(attack)]
 
 
-def undefended() -> Iterator[list[str]]:
-    """One image an update, no defense."""
-    yield launch(*ANY_BATCH, "cpl", "idlg", "dga_muted", "gia_muted", "sgi")
-    yield from closed_forms()
-
-
 def defended() -> Iterator[list[str]]:
-    """Every attack under Top-k and DGP, by attackers who do not know the defense and by such who do."""
+    """Every attack of single images, without a defense and under Top-k and DGP, by attackers who do not know the
+    defense and by such who do."""
     for threat, more in (("curious_server_labels", ()), ("adaptive_labels", ("inverting_gradients_adaptive",))):
         for defense in ("none", "top_k", "dgp"):
             words = [f"threat={threat}", f"defense={defense}"]
@@ -58,8 +53,8 @@ def defended() -> Iterator[list[str]]:
 
 
 def batches() -> Iterator[list[str]]:
-    """Two, four and eight images an update."""
-    for batch_size in (2, 4, 8):
+    """One, two, four and eight images an update."""
+    for batch_size in (1, 2, 4, 8):
         yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}"]
 
 
@@ -111,7 +106,6 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "undefended": Part(undefended),
     "defended": Part(defended),
     "batches": Part(batches, ["fl.local.batch_size"]),
     "trained": Part(trained, ["round"]),
