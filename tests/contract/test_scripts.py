@@ -28,8 +28,12 @@ def runs() -> Iterator[tuple[str, list[str]]]:
     for name, part in attacks.PARTS.items():
         for words in part.settings():
             yield f"attacks {name}", ["experiment=attacks", f"name=attacks_{name}", *words]
+    listed: list[object] = []
     for name, experiment in defenses.EXPERIMENTS.items():
-        for settings in experiment.settings:
+        # a list of defenses that another experiment has too is composed once, and then its first run alone
+        some = experiment.settings[:1] if experiment.settings in listed else experiment.settings
+        listed.append(experiment.settings)
+        for settings in some:
             yield f"defenses {name}", [f"experiment={experiment.choice}", f"name={name}", *settings]
     for name, settings in malicious.PARTS.items():
         for defense in malicious.DEFENSES.split(","):
