@@ -81,6 +81,14 @@ class FederatedDataModule(L.LightningDataModule):
                 f"from 1 to {available}, or null for all."
             )
 
+    @property
+    def step_sizes(self) -> frozenset[int]:
+        """Every number of examples that a local step of some client has, in whatever round it plays."""
+        holders = {len(own): client for client, own in enumerate(self.partition.clients)}
+        return frozenset(
+            len(step) for held, client in holders.items() for step in self.local.schedule(held, self.seed, 0, client)
+        )
+
     def cohort(self, round_index: int) -> Cohort:
         """The clients of a round, drawn without replacement, and the batches of their local steps."""
         everyone = len(self.partition.clients)

@@ -40,7 +40,8 @@ class LocalWork(Protocol):
         ...
 
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
-        """The positions in the client's data that each local step uses, one int64 tensor per step."""
+        """The positions in the client's data that each local step uses, one int64 tensor per step. How many they are
+        depends on ``num_examples`` alone."""
         ...
 
     def weight(self, num_examples: int, steps: Sequence[Tensor]) -> int:
