@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from gia_bench.attacks.base import Attack
 from gia_bench.data.datamodule import FederatedDataModule
-from gia_bench.defenses.base import Defense
-from gia_bench.defenses.mixup import InstaHide, MixUp
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.aggregation import Aggregation
 from gia_bench.federated.local import LocalWork
@@ -43,19 +41,12 @@ def check_aggregation(name: str, threat: ThreatModel, aggregation: Aggregation) 
         )
 
 
-def check_sampling(local: LocalWork, victim: Victim, defense: Defense) -> None:
-    """Raises ``IncompatibleError`` where a step may hold any number of examples, and model or defense needs some."""
-    if local.sampling != POISSON:
-        return
-    if victim.batch_coupled:
+def check_sampling(local: LocalWork, victim: Victim) -> None:
+    """Raises ``IncompatibleError`` where a step may be empty, and the model needs what is in it."""
+    if local.sampling == POISSON and victim.batch_coupled:
         raise IncompatibleError(
             "fl.local.sampling=poisson may draw no example for a step, and of none BatchNorm in training mode has no "
             "statistics; choose a model with GroupNorm or none, or set model.training=false."
-        )
-    if any(isinstance(leaf, MixUp | InstaHide) for leaf in defense.leaves()):
-        raise IncompatibleError(
-            "fl.local.sampling=poisson may draw one example for a step, which mixup and instahide have nothing to mix "
-            "with; set fl.local.sampling=shuffled, or choose another defense."
         )
 
 

@@ -131,25 +131,23 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
         "model", build_victim, **_make(cfg, "model"), input_shape=dataset.shape, num_classes=dataset.num_classes,
         mean=dataset.mean, std=dataset.std, seed=cfg.seed, prepare=defense.prepare_model,
     )  # fmt: skip
-    check_sampling(schedule.local, victim, defense)
+    check_sampling(schedule.local, victim)
     for attack in attacks.values():
         attack.check_victim(victim)
     _bound("fl.server.optimizer", schedule.server.configure, parameters=victim.module.parameters())
     partition = _partition(_make(cfg, "partition"), dataset, cfg.seed)
     public: Examples = _bound("public", public_examples, dataset=dataset, partition=partition, **_make(cfg, "public"))
+    data = FederatedDataModule(
+        dataset=dataset, partition=partition, local=schedule.local, clients_per_round=schedule.clients_per_round,
+        seed=cfg.seed,
+    )  # fmt: skip
     defense.check_victim(victim)
+    defense.check_steps(data.step_sizes)
     defense = defense.calibrate(victim, public)
     rules = Rules(
         victim=victim, defense=defense, local=schedule.local, executor=schedule.executor, seed=cfg.seed,
         weighting=schedule.weighting, on_nonfinite=schedule.on_nonfinite, aggregation=aggregation,
     )  # fmt: skip
-    data = FederatedDataModule(
-        dataset=dataset,
-        partition=partition,
-        local=schedule.local,
-        clients_per_round=schedule.clients_per_round,
-        seed=cfg.seed,
-    )
     check_attacked(threat, data, schedule)
     for name, attack in attacks.items():
         check_examples(name, attack, threat, data, schedule)

@@ -136,7 +136,8 @@ class Reconstruction:
     """What an attack believes the client's images were.
 
     inputs: [B, C, H, W] in [0, 1] (not clamped); labels: [B] int64 or None; score: lower is better, computed from
-    what the attacker sees and never from the truth; failure: why there is nothing, or None; alternatives: all that an
+    what the attacker sees and never from the truth; failure: why there is nothing, or None; diverged: how many restarts
+    left the numbers, after which their best iterate counts (None: nothing is iterated); alternatives: all that an
     ensemble had to choose from, by name, the chosen one included.
     """
 
@@ -144,6 +145,7 @@ class Reconstruction:
     labels: Tensor | None
     score: float
     failure: str | None = None
+    diverged: int | None = None
     alternatives: Mapping[str, Reconstruction] = field(default_factory=dict)
 
 

@@ -1,8 +1,8 @@
-"""What every attack of an honest server rebuilds: runs experiment=attacks by batch size, on trained and untrained
-models, and against Top-k and DGP, with and without knowing them; prints the table and draws the pictures. Finished runs
-are skipped, so that it may be stopped and started again.
+"""What every attack of an honest server rebuilds: runs experiment=attacks in parts, prints a table of each and draws
+its pictures. Finished runs are skipped, so that it may be stopped and started again.
 
-    python scripts/attacks.py dataset.verify=false
+    python scripts/attacks.py dataset.verify=false                          all of it
+    python scripts/attacks.py --only defended trained dataset.verify=false  some of it
 
 Attacks are shorter than their papers, so that two CPU cores can run the list in two hours: STEPS says how long.
 Malicious servers, generators, learned inverters and label inference have measurements of their own in docs/results.
@@ -13,78 +13,133 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 STEPS = {
-    "dlg": 50, "dlg_one_at_a_time": 50, "idlg": 50, "cpl": 50, "dga": 50,
-    "inverting_gradients": 2400, "inverting_gradients_adaptive": 2400, "gia": 2400, "gradinversion": 2400, "sgi": 2400,
+    "dlg": 50, "dlg_one_at_a_time": 50, "idlg": 50, "cpl": 50, "dga": 50, "dga_muted": 50,
+    "inverting_gradients": 2400, "inverting_gradients_adaptive": 2400, "gia": 2400, "gia_muted": 2400, "sgi": 2400,
+    "gradinversion": 2400, "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400,
 }  # fmt: skip
 """Outer L-BFGS steps (20 evaluations each), or Adam steps."""
 
-ANY_BATCH = ["dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", "gia", "gradinversion"]
+ANY_BATCH = ("dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", "gia", "gradinversion")
+ONE = ("dlg", "idlg", "cpl", "dga", "dga_muted", "inverting_gradients", "gia", "gia_muted", "sgi")
+CLOSED_FORMS = (("mlp", "analytic"), ("cnn6", "rgap"), ("vit_april", "april"))
 TRAINED = "model.checkpoint=${paths.data}/weights/cifar10_resnet/resnet20-12fca82f.th"
 
 
-def launch(*attacks: str) -> list[str]:
-    """The words for these attacks at their length."""
-    return [f"attack=[{','.join(attacks)}]", *(f"attack.{a}.steps={STEPS[a]}" for a in attacks if a in STEPS)]
+def launch(*attacks: str, steps: int | None = None) -> list[str]:
+    """The words for these attacks at their length, or at another one."""
+    lengths = {a: steps or STEPS[a] for a in attacks if a in STEPS}
+    return [f"attack=[{','.join(attacks)}]", *(f"attack.{a}.steps={n}" for a, n in lengths.items())]
 
 
-def settings() -> Iterator[list[str]]:
-    """The words of every run."""
-    yield launch(*ANY_BATCH, "cpl", "idlg")
-    for threat, adaptive in (("curious_server_labels", []), ("adaptive_labels", ["inverting_gradients_adaptive"])):
-        for defense in ("none", "top_k", "dgp"):
-            if (threat, defense) != ("curious_server_labels", "none"):
-                yield [
-                    f"threat={threat}",
-                    f"defense={defense}",
-                    *launch("dlg", "inverting_gradients", "gia", "sgi", *adaptive),
-                ]
-    for model, attack in (("mlp", "analytic"), ("cnn6", "rgap"), ("vit_april", "april")):
+def closed_forms() -> Iterator[list[str]]:
+    for model, attack in CLOSED_FORMS:
         # U(-0.5, 0.5) saturates wide layers: a client that is right already would send zeros
         yield [f"model={model}", "model.normalize=true", "model.init=default", *launch(attack)]
-    yield launch("sgi")
-    for batch_size in (2, 4, 8):
+
+
+def defended() -> Iterator[list[str]]:
+    """Every attack of single images, without a defense and under Top-k and DGP, by attackers who do not know the
+    defense and by such who do."""
+    for threat, more in (("curious_server_labels", ()), ("adaptive_labels", ("inverting_gradients_adaptive",))):
+        for defense in ("none", "top_k", "dgp"):
+            words = [f"threat={threat}", f"defense={defense}"]
+            yield [*words, *launch(*ONE, *more)]
+            for closed in closed_forms():
+                yield [*words, *closed]
+
+
+def batches() -> Iterator[list[str]]:
+    """One, two, four and eight images an update."""
+    for batch_size in (1, 2, 4, 8):
         yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}"]
+
+
+def trained() -> Iterator[list[str]]:
+    """One image an update, as a federation of 100 clients trains the network."""
+    yield [
+        *launch("dlg", "inverting_gradients"), "partition.num_clients=100", "partition.samples_per_client=null",
+        "fl.rounds=401", "fl.eval_every=100", "fl.attack_rounds=[0,100,400]",
+    ]  # fmt: skip
+
+
+def residual() -> Iterator[list[str]]:
+    """ResNet-20 in evaluation mode, as Geiping et al. attack; the attacked update is the one trained with."""
     for checkpoint in ("model.checkpoint=null", TRAINED):
-        # in evaluation mode, as Geiping et al. attack; the attacked update is the one trained with
+        # fewer steps, of a network with a hundred times LeNet's work
+        yield ["model=resnet20", "model.init=default", "model.training=false", checkpoint,
+               *launch("inverting_gradients", steps=500)]  # fmt: skip
+
+
+def batch_norm() -> Iterator[list[str]]:
+    """GradInversion where it belongs: a trained network with BatchNorm, in both modes, batches of four."""
+    for training in ("true", "false"):
         yield [
-            "model=resnet20",
-            "model.init=default",
-            "model.training=false",
-            checkpoint,
-            "attack=[inverting_gradients]",
-            "attack.inverting_gradients.steps=500",  # of a network with a hundred times LeNet's work
-        ]
+            "model=resnet20", "model.init=default", f"model.training={training}", TRAINED, "partition.num_clients=5",
+            "fl.attack_clients=5", "fl.local.batch_size=4", "attack.gradinversion.restarts=2",
+            *launch("inverting_gradients", "gradinversion", steps=1000),
+        ]  # fmt: skip
+
+
+def fedavg() -> Iterator[list[str]]:
+    """Weight updates of several local steps: of one image, of four, and of four in an order that nobody knows."""
+    attacks = ("inverting_gradients", "inverting_gradients_fedavg", "inverting_gradients_fedavg_epochs")
+    for examples, batch_size, epochs in ((1, 1, 5), (4, 4, 5), (4, 2, 2)):
+        yield [
+            "fl=fedavg", "fl.rounds=1", "fl.eval_every=1", "fl.attack_rounds=[0]", "fl.attack_clients=20",
+            f"partition.samples_per_client={examples}", f"fl.local.batch_size={batch_size}",
+            f"fl.local.epochs={epochs}", "fl.local.learning_rate=0.01",
+            # as many steps of an update that costs up to five times as much
+            *launch(*attacks, steps=1200),
+            "attack.inverting_gradients.replay._target_=gia_bench.attacks.replay.OneStep",
+        ]  # fmt: skip
+
+
+class Part(NamedTuple):
+    """settings: the words of every run; rows: what the table tells apart beside model, threat, defense and attack."""
+
+    settings: Callable[[], Iterator[list[str]]]
+    rows: Sequence[str] = ()
+
+
+PARTS = {
+    "defended": Part(defended),
+    "batches": Part(batches, ["fl.local.batch_size"]),
+    "trained": Part(trained, ["round"]),
+    "residual": Part(residual, ["model.checkpoint"]),
+    "batch_norm": Part(batch_norm, ["model.training"]),
+    "fedavg": Part(fedavg, ["partition.samples_per_client", "fl.local.batch_size"]),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs", default="outputs", help="where runs are kept")
-    parser.add_argument("--report", default=None, help="where the table and pictures go (beside the runs)")
-    parser.add_argument("overrides", nargs="*", help="more settings for every run")
-    chosen = parser.parse_args()
+    parser.add_argument("--report", default=None, help="where the tables and pictures go (beside the runs)")
+    parser.add_argument("--only", nargs="+", default=[*PARTS], choices=[*PARTS])
+    chosen, overrides = parser.parse_known_args()
     failed = []
-    for words in settings():
-        command = ["experiment=attacks", *words, *chosen.overrides]
-        ended = subprocess.run(
-            [sys.executable, "-m", "gia_bench", *command, f"paths.outputs={chosen.outputs}"], check=False
-        )
-        if ended.returncode:
-            failed.append(" ".join(command))
+    for name in chosen.only:
+        for words in PARTS[name].settings():
+            command = ["experiment=attacks", f"name=attacks_{name}", *words, *overrides]
+            ended = subprocess.run(
+                [sys.executable, "-m", "gia_bench", *command, f"paths.outputs={chosen.outputs}"], check=False
+            )
+            if ended.returncode:
+                failed.append(" ".join(command))
+        rows = ",".join(["model", *PARTS[name].rows, "threat", "defense", "attack"])
+        runs, output = f"{chosen.outputs}/attacks_{name}", f"{chosen.report or chosen.outputs}/attacks_{name}/report"
+        subprocess.run(
+            [
+                sys.executable, "-c", "from gia_bench.report.app import main; main()", f"runs=[{runs}]",
+                "table=attacks", f"table.rows=[{rows}]", "figure=[reconstructions]", f"output={output}",
+            ],
+            check=True,
+        )  # fmt: skip
     print(f"{len(failed)} runs failed", *failed, sep="\n")
-    report = ["-c", "from gia_bench.report.app import main; main()", f"runs=[{chosen.outputs}/attacks]"]
-    subprocess.run(
-        [
-            sys.executable,
-            *report,
-            "table=attacks",
-            "figure=[reconstructions]",
-            f"output={chosen.report or f'{chosen.outputs}/attacks/report'}",
-        ],
-        check=True,
-    )
 
 
 if __name__ == "__main__":

@@ -99,9 +99,11 @@ def _first_layer(victim: Victim) -> tuple[str, str]:
     layers = [(k, m) for k, m in victim.module.named_modules() if next(m.parameters(recurse=False), None) is not None]
     name, layer = layers[0] if layers else ("", nn.Identity())
     if not isinstance(layer, nn.Linear) or layer.bias is None or layer.in_features != prod(victim.input_shape):
+        # tensors that belong to no layer, such as a transformer's positions, are those of the nameless whole
+        kind = type(layer).__name__
+        first = f"this one's first layer is {kind} {name!r}" if name else f"this is a whole {kind}"
         raise IncompatibleError(
-            f"The closed form needs a model that begins with a linear layer with a bias, and this one's first layer is "
-            f"{type(layer).__name__} {name!r}; take model=mlp."
+            f"The closed form needs a model that begins with a linear layer with a bias, and {first}; take model=mlp."
         )
     prefix = f"{name}." if name else ""
     return f"{prefix}weight", f"{prefix}bias"

@@ -154,10 +154,10 @@ def _check_layer(name: str, layer: nn.Module, x: Tensor) -> None:
 
 def _refusal(name: str, part: nn.Module) -> IncompatibleError:
     known = ", ".join(sorted(kind.__name__ for kind in INVERTIBLE))
+    called = f"{type(part).__name__} {name!r}" if name else f"a whole {type(part).__name__}"
     return IncompatibleError(
         f"R-GAP goes back through plain convolutions (groups=1, zero padding), linear layers and activations that can "
-        f"be undone ({known}), one after the other, and cannot go through {type(part).__name__} {name!r}; "
-        "take model=cnn6."
+        f"be undone ({known}), one after the other, and cannot go through {called}; take model=cnn6."
     )
 
 

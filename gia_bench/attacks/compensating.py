@@ -88,4 +88,5 @@ def _restored(observation: Observation) -> Observation:
     if defense is None:
         raise IncompatibleError("An attacker who compensates must know the defense; take threat=adaptive_labels.")
     update = defense.restore(observation.update, observation)
-    return dataclasses.replace(observation, update=update, shared={}, defense=None)
+    earlier = tuple(map(_restored, observation.earlier))
+    return dataclasses.replace(observation, update=update, earlier=earlier, shared={}, defense=None)

@@ -182,6 +182,7 @@ class GradientMatching(Attack):
             labels=own.argmax(-1) if labels is None else own,
             score=score,
             failure=failure,
+            diverged=int(end.diverged[v].sum()),
         )
 
 

@@ -23,7 +23,8 @@ from gia_bench.values import State
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Progress:
     """Everything that changes during a search. best: the variables [V, T, ...] with the lowest loss seen, best_loss
-    [V, T] (infinite: never finite); frozen [V, T] bool: candidates that stay as they are from here on.
+    [V, T] (infinite: never finite); frozen [V, T] bool: candidates that stay as they are from here on; diverged [V, T]
+    bool: those among them whose next step would have left the numbers.
     """
 
     step: int
@@ -31,12 +32,13 @@ class Progress:
     best: Variables
     best_loss: Tensor
     frozen: Tensor
+    diverged: Tensor
     optimizer: State
 
     def pack(self) -> dict[str, Any]:
         """A copy on the host, flat and by name."""
         parts = {"variables": self.variables, "best": self.best, "optimizer": self.optimizer}
-        parts["search"] = {"best_loss": self.best_loss, "frozen": self.frozen}
+        parts["search"] = {"best_loss": self.best_loss, "frozen": self.frozen, "diverged": self.diverged}
         packed = {f"{part}/{k}": v.to("cpu", copy=True) for part, tensors in parts.items() for k, v in tensors.items()}
         return {"step": self.step, **packed}
 
@@ -102,6 +104,7 @@ class Search:
             best=start,
             best_loss=some.new_full(some.shape[:2], torch.inf),
             frozen=torch.zeros(some.shape[:2], dtype=torch.bool, device=some.device),
+            diverged=torch.zeros(some.shape[:2], dtype=torch.bool, device=some.device),
             optimizer=self.optimizer.init(start),
         )
 
@@ -125,6 +128,7 @@ class Search:
             step=now.step + 1,
             variables=_select(frozen, now.variables, proposed),
             frozen=frozen,
+            diverged=now.diverged | (dead & moving),
             optimizer=move.state,
         )
 

@@ -81,6 +81,16 @@ class FederatedDataModule(L.LightningDataModule):
                 f"from 1 to {available}, or null for all."
             )
 
+    @property
+    def step_sizes(self) -> frozenset[int]:
+        """Every number of examples that a local step of some client has, in whatever round it plays."""
+        holders = {len(own): client for client, own in enumerate(self.partition.clients)}
+        if any((self.local.poisson_rate(held) or 1) < 1 for held in holders):
+            return frozenset(range(max(holders) + 1))
+        return frozenset(
+            len(step) for held, client in holders.items() for step in self.local.schedule(held, self.seed, 0, client)
+        )
+
     def cohort(self, round_index: int) -> Cohort:
         """The clients of a round, drawn without replacement, and the batches of their local steps."""
         everyone = len(self.partition.clients)

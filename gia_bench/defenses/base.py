@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -83,6 +83,10 @@ class Defense(ABC):
 
     def check_victim(self, victim: Victim) -> None:  # noqa: B027 (most have nothing to ask)
         """Raises ``IncompatibleError`` for a model it cannot protect; asked once, when a run is composed."""
+
+    def check_steps(self, sizes: Collection[int]) -> None:  # noqa: B027 (most have nothing to ask)
+        """Raises ``IncompatibleError`` for local steps that it cannot protect; asked once, when a run is composed.
+        ``sizes``: every number of examples that a local step of some client has."""
 
     def remark(self, local: LocalWork) -> str | None:
         """A sentence for the user where this local work is not what its paper protects; asked when a run begins."""

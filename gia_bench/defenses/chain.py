@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TypeVar, final
@@ -123,6 +123,11 @@ class Chain(Defense):
         """Every stage is asked."""
         for stage in self.parts:
             stage.check_victim(victim)
+
+    def check_steps(self, sizes: Collection[int]) -> None:
+        """Every stage is asked."""
+        for stage in self.parts:
+            stage.check_steps(sizes)
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
         """Every stage by itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -16,6 +16,7 @@ from gia_bench.defenses.checks import check
 from gia_bench.defenses.per_example import per_example
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
+from gia_bench.seeding import stream
 from gia_bench.values import Batch, Examples, Noise, Params, Shared, State, Update
 
 TRIES = 1000
@@ -37,7 +38,8 @@ class MixUp(Defense):
     With DP-SGD in a ``Chain`` it is mixtures that are clipped: the epsilon is not one of single private examples.
 
     Raises ``ConfigError`` for bounds that no coefficients can keep, and ``IncompatibleError`` for a local step with too
-    few examples to mix: alone an image would be sent as it is.
+    few examples to mix, when a run is composed and again for every draw (attackers simulate clients with steps of other
+    sizes): alone an image would be sent as it is.
     """
 
     klam: int = 4
@@ -71,6 +73,11 @@ class MixUp(Defense):
             raise IncompatibleError(
                 f"defense mixup: num_classes={self.num_classes}, but the model has {victim.num_classes}; leave it null."
             )
+
+    def check_steps(self, sizes: Collection[int]) -> None:
+        """Needs enough examples to mix in every step, and coefficients that can be drawn within the bounds."""
+        for size in sorted(sizes):
+            self._coefficients(size, min(int(self.klam), size), stream(0, "mixup", size))
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
         """Takes the number of classes."""
@@ -117,7 +124,9 @@ class MixUp(Defense):
         if k == 1 < self.klam or high * k < 1:
             raise IncompatibleError(
                 f"defense mixup: a local step has {count} example(s), too few to mix with klam={self.klam} and "
-                f"upper_bound={high}; take larger batches (fl.local.batch_size), none with a remainder so small."
+                f"upper_bound={high}, which need at least {max(2, math.ceil(1 / high))}; choose fl.local.batch_size so "
+                "that no step has fewer, the last of a pass included (null: all that a client holds), or klam=1 with "
+                "upper_bound=1, which mix nothing."
             )
         rates = torch.ones(count, k, dtype=torch.float64)
         rates[:, 0] = self.concentration
@@ -173,6 +182,10 @@ class InstaHide(Defense):
                 f"defense instahide: center has {len(self.center)} numbers, but images have {channels} channel(s); "
                 "give one number, one per channel, or null."
             )
+
+    def check_steps(self, sizes: Collection[int]) -> None:
+        """Those that can be mixed."""
+        self.mixing.check_steps(sizes)
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
         """Takes the number of classes, and the center where none is given."""

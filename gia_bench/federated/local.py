@@ -59,7 +59,8 @@ class LocalWork(Protocol):
         ...
 
     def schedule(self, num_examples: int, seed: int, round_index: int, client: int) -> list[Tensor]:
-        """The positions in the client's data that each local step uses, one int64 tensor per step."""
+        """The positions in the client's data that each local step uses, one int64 tensor per step. How many steps, and
+        of what sizes if shuffled, depends on ``num_examples`` alone."""
         ...
 
     def weight(self, num_examples: int, steps: Sequence[Tensor]) -> int:
@@ -237,8 +238,7 @@ class FedAvg:
         self, victim: Victim, defense: Defense, params: Params, buffers: Buffers, batch: Batch, noise: Noise,
         counts: Sequence[int] | None,
     ) -> LocalResult:  # fmt: skip
-        """SGD with momentum and weight decay as in ``torch.optim.SGD``; shuffled steps without any example change
-        nothing."""
+        """SGD with momentum and weight decay as in ``torch.optim.SGD``; a shuffled step of nobody changes nothing."""
         walk = self._start(params, buffers)
         for s in range(batch.mask.shape[0]):
             own = step_of(batch, s, counts)

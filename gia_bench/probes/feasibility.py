@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 
 from gia_bench.models.functional import Victim
 from gia_bench.values import Observation
@@ -26,10 +27,24 @@ def feasibility(observation: Observation, victim: Victim) -> dict[str, float]:
         known |= {"examples": float(count), "unknowns": float(count * math.prod(victim.input_shape))}
         if local is not None:
             known["local_steps"] = float(sum(map(len, local.plan(count))))
-    log.info("an update to attack: %s", ", ".join(f"{name} {value:.0f}" for name, value in known.items()))
-    if known["equations"] < known.get("unknowns", 0.0):
-        log.warning(
-            "an update of %d examples has %d unknown pixels and %d equations: what is rebuilt is the prior's guess",
-            count, known["unknowns"], known["equations"],
-        )  # fmt: skip
     return known
+
+
+def tell(attack: str, updates: Sequence[Mapping[str, float]]) -> None:
+    """One line for all the updates that ``attack`` is about to look at, and a warning where some are too few equations
+    for their pixels. ``updates``: of each, what ``feasibility`` found."""
+    names = dict.fromkeys(name for known in updates for name in known)
+    spans = {name: [known[name] for known in updates if name in known] for name in names}
+    told = ", ".join(f"{name} {_span(values)}" for name, values in spans.items())
+    log.info("%s looks at %d update%s: %s", attack, len(updates), "s" * (len(updates) != 1), told)
+    few = sum(known["equations"] < known.get("unknowns", 0.0) for known in updates)
+    if few:
+        log.warning(
+            "%s: %d of %d updates have more unknown pixels than equations: what is rebuilt of them is the prior's "
+            "guess", attack, few, len(updates),
+        )  # fmt: skip
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"

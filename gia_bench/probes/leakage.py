@@ -18,7 +18,7 @@ from gia_bench.federated.module import FederatedModule, RoundReport
 from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
 from gia_bench.metrics.evaluate import NOBODY
-from gia_bench.probes.feasibility import feasibility
+from gia_bench.probes.feasibility import feasibility, tell
 from gia_bench.probes.history import History
 from gia_bench.probes.malicious import play_malicious_round
 from gia_bench.probes.recorder import Recorder
@@ -107,8 +107,9 @@ class LeakageProbe(L.Callback):
             return
         seeds = [derive(rules.seed, "attack", name, round_index, -1 if c is None else c) for c in seen]
         snapshots = FileSnapshots(self.folder / SNAPSHOTS, f"round{round_index:06d}_{name}_", self.seconds)
-        for client, observation in seen.items():
-            values = feasibility(observation, rules.victim)
+        known = {client: feasibility(observation, rules.victim) for client, observation in seen.items()}
+        tell(name, [*known.values()])
+        for client, values in known.items():
             self.recorder.extend(values.items(), round=round_index, client=client, attack=name)
         started = time.perf_counter()
         rebuilt = attack.reconstruct_many([*seen.values()], rules.victim, seeds=seeds, snapshots=snapshots)
@@ -117,6 +118,7 @@ class LeakageProbe(L.Callback):
             truth = cohort.truth(transcript.clients if client is None else (client,))
             scores = evaluate(reconstruction, truth, self.metrics)
             self._record(name, round_index, client, scores)
+            self._record_search(name, round_index, client, reconstruction)
             if self.images:
                 self._save(name, round_index, client, reconstruction, truth, scores)
 
@@ -148,6 +150,18 @@ class LeakageProbe(L.Callback):
                 value.metric, value.value, round=round_index, client=client, victim=value.victim, attack=attack,
                 status=value.status, reason=value.reason,
             )  # fmt: skip
+
+    def _record_search(self, attack: str, round_index: int, client: int | None, rebuilt: Reconstruction) -> None:
+        """What the attacker himself sees of his success; a search that left the numbers is counted beside what its
+        best iterate before scores."""
+        place: dict[str, Any] = {"round": round_index, "client": client, "attack": attack}
+        if rebuilt.failure is None:
+            self.recorder.add("attack_score", rebuilt.score, **place)
+        else:
+            self.recorder.add("attack_score", None, status="failed", reason=rebuilt.failure, **place)
+        if rebuilt.diverged is not None:
+            reason = "the best iterate before is measured" if rebuilt.diverged else None
+            self.recorder.add("diverged_restarts", rebuilt.diverged, reason=reason, **place)
 
     def _save(
         self, attack: str, round_index: int, client: int | None, rebuilt: Reconstruction, truth: Truth, scores: Scores

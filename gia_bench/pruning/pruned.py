@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
@@ -88,6 +88,10 @@ class Pruned(Defense):
     def check_victim(self, victim: Victim) -> None:
         """The inner defense is asked."""
         self.inner.check_victim(victim)
+
+    def check_steps(self, sizes: Collection[int]) -> None:
+        """The inner defense is asked."""
+        self.inner.check_steps(sizes)
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:
         """With the first masks. Calibrated anew (on the model of a malicious server), it trains nothing."""

@@ -50,6 +50,8 @@ METRICS: Mapping[str, Quantity] = {
     "local_steps": Quantity(None, None),
     "attack_score": Quantity(None, None),
     "attack_seconds": Quantity("s", "higher"),
+    # restarts of an attack whose search left the numbers; what is measured is their best iterate before
+    "diverged_restarts": Quantity(None, None),
     # utility
     "train_loss": Quantity(None, None),
     "test_loss": Quantity(None, None),

@@ -1,4 +1,4 @@
-"""Every defense with every threat, protocol, aggregation, pruning and kind of model: it runs, or a sentence tells."""
+"""Rounds of every defense on small models of every kind, and what each threat shows of them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def test_a_run_leaves_records_images_config_and_status(tmp_path: Path) -> None:
     assert tuple(frame.columns) == KEYS
     assert set(frame.metric) >= {
         "psnr_db", "ssim", "mse", "label_accuracy", "test_accuracy", "uplink_bytes", "downlink_bytes", "train_loss",
-        "dense_uplink_bytes", "dense_downlink_bytes", "round_seconds", "attack_seconds",
+        "dense_uplink_bytes", "dense_downlink_bytes", "round_seconds", "attack_seconds", "attack_score",
+        "diverged_restarts",
     }  # fmt: skip
     leak = frame[frame.metric == "psnr_db"]
     assert sorted(zip(leak["round"], leak.client, leak.victim, strict=True)) == [

@@ -127,15 +127,18 @@ def test_draws_are_pure_and_differ_between_rounds_clients_seeds_and_steps(local:
     assert [len(own) for own in others] == [len(local.schedule(HELD, 0, 0, 0))] * 4
 
 
-def test_a_resumed_run_draws_the_same_cohorts() -> None:
+def federation(local: LocalWork) -> FederatedDataModule:
     dataset = Dataset(
         name="made", version="0", train=pictures(), test=pictures(), num_classes=3, shape=(1, 8, 8), mean=(0.0,),
         std=(1.0,),
     )  # fmt: skip
     partition = Partition(clients=torch.split(torch.arange(HELD * 3), HELD))
+    return FederatedDataModule(dataset=dataset, partition=partition, local=local, clients_per_round=2, seed=0)
 
+
+def test_a_resumed_run_draws_the_same_cohorts() -> None:
     def begun(start: int) -> list[Any]:
-        data = FederatedDataModule(dataset=dataset, partition=partition, local=ONE, clients_per_round=2, seed=0)
+        data = federation(ONE)
         data.start = start
         rounds = iter(data.train_dataloader())
         return [[s.tolist() for own in next(rounds).steps for s in own] for _ in range(6 - start)]
@@ -240,11 +243,20 @@ def test_settings_that_make_no_sense_are_refused_with_the_way_out(model: Victim)
         ONE.schedule(2, 0, 0, 3)
     coupled = dataclasses.replace(model, module=nn.Sequential(nn.BatchNorm2d(1), *model.module))
     with pytest.raises(IncompatibleError, match=r"BatchNorm in training mode.*GroupNorm.*model.training=false"):
-        check_sampling(ONE, coupled, NoDefense())
-    with pytest.raises(IncompatibleError, match=r"nothing to mix with; set fl.local.sampling=shuffled"):
-        check_sampling(SEVERAL, model, Chain(stages={"mix": MixUp()}))
-    check_sampling(FedSGD(), coupled, MixUp())
-    check_sampling(ONE, dataclasses.replace(coupled, training=False), DPSGD())
+        check_sampling(ONE, coupled)
+    check_sampling(FedSGD(), coupled)
+    check_sampling(ONE, dataclasses.replace(coupled, training=False))
+
+
+@pytest.mark.parametrize("local", LOCALS.values(), ids=LOCALS)
+def test_a_step_may_have_any_size_so_that_mixing_is_refused_when_a_run_is_composed(local: LocalWork) -> None:
+    def sizes(local: LocalWork) -> frozenset[int]:
+        return federation(local).step_sizes
+
+    assert sizes(local) == frozenset(range(HELD + 1))
+    with pytest.raises(IncompatibleError, match=r"a local step has 0 example\(s\), too few to mix"):
+        Chain(stages={"mix": MixUp()}).check_steps(sizes(local))
+    assert sizes(FedSGD(batch_size=None, sampling="poisson")) == {HELD}
 
 
 def test_all_of_a_clients_data_is_all_of_it_under_either_sampling() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gia_bench.data.cohort import Cohort
-from gia_bench.data.source import InMemory
+from gia_bench.data.datamodule import FederatedDataModule
+from gia_bench.data.partition import Partition
+from gia_bench.data.source import Dataset, InMemory
 from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.ats import ATS
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.chain import Chain
+from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.feedback import ErrorFeedback
 from gia_bench.defenses.mixup import InstaHide, MixUp, cycle
@@ -24,6 +29,8 @@ from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.models.functional import Victim, binary_cross_entropy
+from gia_bench.pruning.pruned import Pruned
+from gia_bench.pruning.random_mask import RandomMask
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Batch, Examples
 
@@ -167,6 +174,45 @@ def test_a_step_with_fewer_examples_mixes_all_it_has_and_one_alone_is_refused() 
             defense.draw({}, batch(1, 1), stream(0))
     with pytest.raises(IncompatibleError, match="2 example"):
         MixUp(klam=4, upper_bound=0.3).draw({}, batch(1, 2), stream(0))
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [*BOTH, Chain(stages={"clip": ClipUpdate(), "mix": MIXUP}), Pruned(inner=MIXUP, method=RandomMask(density=0.5))],
+    ids=["mixup", "instahide", "chain", "pruned"],
+)
+def test_step_sizes_are_refused_as_soon_as_they_are_known_however_deep_the_mixing_is(defense: Defense) -> None:
+    defense.check_steps({2, 4, 8})
+    with pytest.raises(IncompatibleError, match=r"1 example\(s\).*at least 2.*fl\.local\.batch_size.*klam=1"):
+        defense.check_steps({8, 1})
+
+
+def test_what_is_refused_of_a_step_size_is_what_a_draw_refuses() -> None:
+    for defense, size in itertools.product([MIXUP, MixUp(klam=1), MixUp(upper_bound=0.3), MixUp(klam=2)], range(1, 6)):
+        refused = []
+        for ask in (partial(defense.check_steps, {size}), partial(defense.draw, {}, batch(1, size), stream(0))):
+            try:
+                ask()
+            except IncompatibleError as error:
+                refused.append(str(error))
+        assert len(refused) in (0, 2) and len(set(refused)) <= 1, (defense, size)
+    with pytest.raises(ConfigError, match="1000 draws"):
+        MixUp(klam=8, upper_bound=0.126, lower_bound=0.124).check_steps({8})
+
+
+def test_the_step_sizes_of_a_federation_are_those_of_its_cohorts() -> None:
+    labels = torch.arange(20) % CLASSES
+    whole = InMemory(torch.zeros(20, 1, SIZE, SIZE), labels)
+    dataset = Dataset(
+        name="some", train=whole, test=whole, num_classes=CLASSES, shape=whole.shape, mean=(0.0,), std=(1.0,),
+        version="",
+    )  # fmt: skip
+    partition = Partition(tuple(torch.arange(20).split([9, 5, 6])))
+    for local in (SGD, AVG, FedSGD(batch_size=None), dataclasses.replace(AVG, epochs=None, steps=1)):
+        data = FederatedDataModule(dataset=dataset, partition=partition, local=local, clients_per_round=None, seed=0)
+        for round_index in range(5):
+            counts = data.cohort(round_index).counts
+            assert data.step_sizes == {n for of_client in counts for n in of_client}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.models.functional import Victim
+from gia_bench.pruning.pruned import Pruned
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Batch, Noise, Observation, Shared, State, Update
 
@@ -316,3 +317,9 @@ def test_soteria_says_that_local_steps_are_not_what_its_paper_protects() -> None
     assert said is not None and "one gradient" in said
     assert Soteria().remark(FedSGD()) is None
     assert [leaf.remark(FedAvg(learning_rate=0.1)) for leaf in chain(ClipUpdate(), Soteria()).leaves()] == [None, said]
+
+
+@pytest.mark.parametrize("wrapper", [Chain, Pruned])
+def test_what_wraps_a_defense_passes_on_all_that_it_is_asked(wrapper: type[Defense]) -> None:
+    asked = {name for name in vars(Defense) if name.startswith("check_")}
+    assert asked and asked <= vars(wrapper).keys()

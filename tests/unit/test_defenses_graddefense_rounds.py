@@ -225,6 +225,11 @@ def test_an_attacker_who_compensates_attacks_the_compensated_update_of_one_clien
     inside = dataclasses.replace(seen, defense=chained, shared={f"0.{k}": v for k, v in seen.shared.items()})
     attack.reconstruct(inside, net())
     assert all(torch.equal(spy.seen[1].update[k], e) for k, e in expected.items())
+    # a joint attack inside sees the earlier rounds compensated too
+    attack.reconstruct(dataclasses.replace(seen, earlier=(inside, seen)), net())
+    for past in spy.seen[2].earlier:
+        assert all(torch.equal(past.update[k], e) for k, e in expected.items())
+        assert past.defense is None and past.shared == {}
     with pytest.raises(IncompatibleError, match="must know the defense; take threat=adaptive_labels"):
         attack.reconstruct(dataclasses.replace(seen, defense=None), net())
 

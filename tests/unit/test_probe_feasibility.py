@@ -1,0 +1,42 @@
+"""Unknowns and equations of attacked updates, and the line that tells them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from attack_problems import problem
+
+from gia_bench.federated.local import FedAvg
+from gia_bench.probes.feasibility import feasibility, tell
+
+
+def test_what_is_known_of_an_update_is_counted_by_hand() -> None:
+    p = problem(1, batch=3)
+    o = p.observations[0]
+    update = {k: torch.zeros_like(v) for k, v in o.update.items()}
+    first = next(iter(update))
+    update[first].view(-1)[:5] = 1.0
+    local = FedAvg(learning_rate=0.1, epochs=2, batch_size=2)
+    earlier = dataclasses.replace(o, update={first: torch.tensor([1.0, 0.0, 2.0])})
+    seen = dataclasses.replace(o, update=update, local=local, earlier=(earlier,))
+    expected = {"equations": 7.0, "examples": 3.0, "unknowns": 3.0 * 64, "local_steps": 4.0}
+    assert feasibility(seen, p.victim) == expected
+    assert feasibility(dataclasses.replace(seen, num_examples=None), p.victim) == {"equations": 7.0}
+
+
+def test_one_line_tells_all_updates_and_a_warning_those_that_cannot_be_solved(caplog: pytest.LogCaptureFixture) -> None:
+    plenty, few = {"equations": 900.0, "unknowns": 64.0}, {"equations": 12.0, "unknowns": 64.0}
+    with caplog.at_level(logging.INFO):
+        tell("dlg", [plenty, few])
+        tell("idlg", [plenty])
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "dlg looks at 2 updates: equations 12 to 900, unknowns 64"),
+        (
+            "WARNING",
+            "dlg: 1 of 2 updates have more unknown pixels than equations: what is rebuilt of them is the prior's guess",
+        ),
+        ("INFO", "idlg looks at 1 update: equations 900, unknowns 64"),
+    ]
