@@ -20,7 +20,11 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy per example; labels are classes or probabilities."""
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+    if labels.ndim == logits.ndim:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    # what torch's own does, whose lookup takes ten times as long under vmap
+    found: Tensor = logits.log_softmax(-1).gather(-1, labels[..., None])
+    return -found.squeeze(-1)
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
