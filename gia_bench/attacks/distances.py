@@ -54,9 +54,11 @@ class Cosine:
     """1 - the cosine of the angle between the updates, all tensors as one vector; in [0, 2] (Geiping et al. 2020)."""
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
-        dot = _sum((dummy[k] * observed[k]).sum() for k in observed)
-        squares = (_sum(u[k].square().sum() for k in observed) for u in (dummy, observed))
-        return 1 - _over_norms(dot, *squares)
+        # u * u: the derivatives of square() take longer
+        dot, own, seen = (
+            _sum((a[k] * b[k]).sum() for k in observed) for a, b in ((dummy, observed), (dummy, dummy), (observed,) * 2)
+        )
+        return 1 - _over_norms(dot, own, seen)
 
 
 @final

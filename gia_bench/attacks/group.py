@@ -126,8 +126,12 @@ class Group:
         # a compiled step would be compiled again for every number of victims
         if wanted is not None and pixels.device.type == "cpu" and not self.arithmetic.compile:
             rows = rows[wanted.any(1)]
+        chunks = _chunks(len(rows), T, self.max_batch)
+        if len(rows) == V and len(chunks) == 1:
+            gradients, loss = self._part(variables, *chunks[0])
+            return loss, gradients
         loss, gradients = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
-        for few, restarts in _chunks(len(rows), T, self.max_batch):
+        for few, restarts in chunks:
             victims = few if len(rows) == V else rows[few]  # a slice copies nothing
             gradient, loss[victims, restarts] = self._part(variables, victims, restarts)
             for k, g in gradient.items():
