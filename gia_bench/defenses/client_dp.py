@@ -12,7 +12,7 @@ from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.defenses.dp_accounting import Mechanism, check_budget
-from gia_bench.defenses.noise import Gaussian
+from gia_bench.defenses.noise import Gaussian, averaged
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 
 
@@ -59,9 +59,10 @@ class ClientDP(Defense):
         return {name: u + sigma * noise[name].to(u.device, u.dtype) for name, u in short.items()}, state
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """Gaussian, of noise_multiplier * max_norm, which is public; None for no noise."""
+        """Gaussian, of noise_multiplier * max_norm, which is public; of the mean of K clients a sqrt(K)-th of it. None for
+        no noise."""
         sigma = self.noise_multiplier * self.max_norm
-        return Gaussian(sigma) if sigma else None
+        return Gaussian(sigma / math.sqrt(averaged(observation))) if sigma else None
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The clipping, which is differentiable; the noise has its law."""

@@ -40,8 +40,8 @@ class GaussianNoise(Defense):
         return math.sqrt(self.variance) if self.variance is not None else float(self.scale or 0)
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """Gaussian; None for sigma = 0."""
-        return Gaussian(self.sigma) if self.sigma else None
+        """Gaussian; of the mean of K clients with sigma / sqrt(K). None for sigma = 0."""
+        return Gaussian(self.sigma / math.sqrt(averaged(observation))) if self.sigma else None
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Standard normal numbers, float32 on the CPU, by parameter name."""
@@ -74,8 +74,11 @@ class LaplaceNoise(Defense):
         return math.sqrt(self.variance / 2) if self.variance is not None else float(self.scale or 0)
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """Laplace; None for b = 0."""
-        return _Laplace(self.b) if self.b else None
+        """Laplace; of the mean of K clients nearly Gaussian, of the same variance. None for b = 0."""
+        K = averaged(observation)
+        if not self.b:
+            return None
+        return _Laplace(self.b) if K == 1 else Gaussian(self.b * math.sqrt(2 / K))
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Laplace(0, 1) numbers, float32 on the CPU, by parameter name."""
@@ -107,6 +110,11 @@ class _Laplace:
 
     def surprise(self, residual: Update) -> Tensor:
         return torch.stack([r.abs().sum() for r in residual.values()]).sum() / self.b
+
+
+def averaged(observation: Observation | None) -> int:
+    """Over how many clients' noise the observed update is the mean; equally weighted, since weights are not shown."""
+    return 1 if observation is None else observation.num_clients
 
 
 def _noisy(update: Update, noise: Noise, scale: float) -> Update:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gia_bench.defenses.base import Defense
-from gia_bench.defenses.noise import GaussianNoise, LaplaceNoise
+from gia_bench.defenses.client_dp import ClientDP
+from gia_bench.defenses.noise import Gaussian, GaussianNoise, LaplaceNoise
 from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError
 from gia_bench.seeding import stream
@@ -59,6 +60,17 @@ def test_noise_is_drawn_on_the_cpu_in_single_precision_from_the_generator_alone(
         assert torch.equal(first[name], again[name])
         assert not torch.equal(first[name], other[name])
     assert defense.protect(like, ANY, {}, {}, first)[0]["w"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("defense", [GaussianNoise(scale=0.3), LaplaceNoise(scale=0.3), ClientDP(noise_multiplier=0.3)])
+def test_the_law_of_a_mean_has_the_deviation_of_the_mean(defense: Defense) -> None:
+    """The most probable scale of noise averaged over 25 clients is that which the law has."""
+    like = {"w": torch.zeros(2000)}
+    draws = [defense.draw(like, ANY, stream(client)) for client in range(25)]
+    sent = [defense.protect(like, ANY, {}, {}, noise)[0]["w"] for noise in draws]
+    law = defense.noise_law(Observation(params=like, update=like, num_clients=25))
+    assert isinstance(law, Gaussian)
+    assert float(torch.stack(sent).mean(0).std()) == pytest.approx(law.sigma, rel=0.05)
 
 
 def test_zero_noise_is_no_noise() -> None:
