@@ -59,8 +59,8 @@ class ClientDP(Defense):
         return {name: u + sigma * noise[name].to(u.device, u.dtype) for name, u in short.items()}, state
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """Gaussian, of noise_multiplier * max_norm, which is public; of the mean of K clients a sqrt(K)-th of it. None for
-        no noise."""
+        """Gaussian, of noise_multiplier * max_norm, which is public; of K clients, over sqrt(K). None for no
+        noise."""
         sigma = self.noise_multiplier * self.max_norm
         return Gaussian(sigma / math.sqrt(averaged(observation))) if sigma else None
 
