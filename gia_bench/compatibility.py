@@ -76,7 +76,7 @@ def check_examples(
                 f"attack {name} takes updates of at most {most_steps} local step(s); round {round_index} has one of "
                 f"{steps}: take fl=fedsgd, or set fl.local.epochs=null fl.local.steps={most_steps}."
             )
-        counts = cohort.num_examples
+        counts = cohort.said
         held = max(counts[seen]) if threat.sees_clients else sum(counts)
         if most is not None and held > most:
             raise IncompatibleError(

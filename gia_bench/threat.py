@@ -107,6 +107,8 @@ class ThreatModel:
         else:
             update, count = transcript.updates[client], transcript.payloads[client].num_examples
             sent = transcript.sent_buffers.get(client) if sees(Knowledge.SENT_BUFFERS) else None
+        if labels is not None:
+            count = len(labels)  # who is shown the labels of a Poisson batch can count them
         own = client in transcript.own_params
         return Observation(
             params=transcript.own_params[client] if own and client is not None else transcript.params,

@@ -87,14 +87,15 @@ def main() -> None:
     parser.add_argument("--report", default=None, help="where the table and pictures go (beside the runs)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=None, help="some of the defenses, with commas between them")
-    chosen, overrides = parser.parse_known_args()
+    parser.add_argument("overrides", nargs="*", help="more settings for every run, such as fl.rounds=100")
+    chosen = parser.parse_intermixed_args()
     name, only = chosen.experiment, chosen.only and chosen.only.split(",")
     experiment, failed = EXPERIMENTS[name], []
     for seed in chosen.seeds.split(","):
         for settings in experiment.settings:
             if only and not any(f"defense={defense}" in settings for defense in only):
                 continue
-            words = [f"experiment={experiment.choice}", f"name={name}", *settings, f"seed={seed}", *overrides]
+            words = [f"experiment={experiment.choice}", f"name={name}", *settings, f"seed={seed}", *chosen.overrides]
             ended = subprocess.run(
                 [sys.executable, "-m", "gia_bench", *words, f"paths.outputs={chosen.outputs}"], check=False
             )

@@ -196,6 +196,35 @@ def _tf32(allowed: bool, device: str) -> Iterator[None]:
 
 
 NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+# what else keeps numbers from its forward pass that the derivative of a mapped backward pass may take for constants
+KEEPING = NORMS | {F.rms_norm, F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
+@final
+class _Noticed(TorchFunctionMode):
+    """While it is entered: ``found``, whether any of ``KEEPING`` was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: bool = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.found = self.found or func in KEEPING
+        return func(*args, **(kwargs or {}))
+
+
+def normalises(forward: Callable[[], object]) -> bool:
+    """Whether ``forward`` passes through a normalisation, or through torch's own attention."""
+    noticed = _Noticed()
+    with torch.no_grad(), noticed:
+        forward()
+    return noticed.found
 
 
 @final

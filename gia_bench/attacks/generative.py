@@ -34,10 +34,12 @@ from gia_bench.values import Observation, Reconstruction
 
 
 class Found(NamedTuple):
-    """What a search ends with. images: [V, T, B, C, H, W] in [0, 1]; loss: [V, T], infinite: never finite."""
+    """What a search ends with. images: [V, T, B, C, H, W] in [0, 1]; loss: [V, T], infinite: never finite; diverged:
+    [V, T] bool, candidates that left the numbers (None: nothing follows a gradient)."""
 
     images: Tensor
     loss: Tensor
+    diverged: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,13 @@ class Generative(Attack):
         place = derive(0, repr(self), generator.fingerprint, repr(kind(first)[-1]), *seeds)
         found = self.search(latent, snapshots, f"{type(self).__name__.lower()}-{place:016x}")
         pixels = space.encode(found.images)
-        return [self._best_restart(pixels[v], found.loss[v], o, labels[v], space) for v, o in enumerate(observations)]
+        rebuilt = [
+            self._best_restart(pixels[v], found.loss[v], o, labels[v], space) for v, o in enumerate(observations)
+        ]
+        if found.diverged is None:
+            return rebuilt
+        counts = found.diverged.sum(1).tolist()
+        return [dataclasses.replace(one, diverged=count) for one, count in zip(rebuilt, counts, strict=True)]
 
     def _labels(self, observation: Observation, victim: Victim, seed: int) -> Tensor:
         """[T or 1, B] as the replay takes them."""
@@ -170,10 +178,13 @@ class Generative(Attack):
 
 
 def best_of(first: Found, *later: Found) -> Found:
-    """Of every candidate the images with the lowest loss; the earlier ones where losses are equal."""
+    """Of every candidate the images with the lowest loss, the earlier ones where losses are equal; it diverged where it
+    did in any of the searches."""
     best = first
     for found in later:
         better = found.loss < best.loss
         images = torch.where(better.view(*better.shape, *[1] * (found.images.ndim - 2)), found.images, best.images)
-        best = Found(images, torch.where(better, found.loss, best.loss))
+        both = [f.diverged for f in (best, found) if f.diverged is not None]
+        diverged = torch.stack(both).any(0) if both else None
+        best = Found(images, torch.where(better, found.loss, best.loss), diverged)
     return best

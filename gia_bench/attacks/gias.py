@@ -80,7 +80,7 @@ class GIAS(Generative):
         generator, render = group.generator, from_latents(group.generator)
         start = {"latents": group.latents()}
         found = self._run(group.objective(render), start, self.steps, self.optimizer, snapshots, f"{key}-latents")
-        latent = Found(group.images(render, found.best), found.best_loss)
+        latent = Found(group.images(render, found.best), found.best_loss, found.diverged)
         if not self.tuning_steps:
             return latent
         V, T = found.best_loss.shape
@@ -90,7 +90,7 @@ class GIAS(Generative):
             group.objective(render, fixed), weights, self.tuning_steps, self.tuning_optimizer, snapshots,
             f"{key}-parameters",
         )  # fmt: skip
-        return best_of(latent, Found(group.images(render, tuned.best, fixed), tuned.best_loss))
+        return best_of(latent, Found(group.images(render, tuned.best, fixed), tuned.best_loss, tuned.diverged))
 
     def _run(
         self, evaluate: Evaluate, start: Variables, steps: int, optimizer: Optimizer, snapshots: Snapshots, key: str

@@ -81,7 +81,7 @@ class GIFD(Generative):
                 clamp=clamp, steps=self.steps, stop_below=None, snapshot_every=self.snapshot_every,
             )  # fmt: skip
             end = search.run(variables, snapshots, f"{key}-layer{layer}")
-            ends.append(Found(group.images(render, end.best, fixed), end.best_loss))
+            ends.append(Found(group.images(render, end.best, fixed), end.best_loss, end.diverged))
             variables = end.best
             if not layer:
                 fixed = end.best  # so that a penalty on the latents counts for every layer alike

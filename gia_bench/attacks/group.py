@@ -13,7 +13,7 @@ from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
 from gia_bench.attacks.adaptive import Constraint, Informed
-from gia_bench.attacks.arithmetic import PLAIN, PRECISIONS, Arithmetic, Step, farthest
+from gia_bench.attacks.arithmetic import PLAIN, PRECISIONS, Arithmetic, Step, farthest, normalises
 from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.memory import free_bytes, largest_batch, peak_bytes
 from gia_bench.attacks.optimizers import Variables
@@ -159,8 +159,8 @@ class Group:
 
     @torch.no_grad()
     def computed(self, arithmetic: Arithmetic, start: Variables) -> Group:
-        """With the quicker steps where they agree with the sure ones on the guesses ``start``, and by ``arithmetic``,
-        after that has been compared with the sure ones too, in the chunks that will be used. Raises ``ConfigError``
+        """With the quicker steps where they are right (``_agrees_with``), and by ``arithmetic``, after that has been
+        compared with the sure ones on the guesses ``start`` in the chunks that will be used. Raises ``ConfigError``
         where ``arithmetic`` differs, or where it cannot be had here.
         """
         sure, quick = (
@@ -178,15 +178,23 @@ class Group:
         return other
 
     def _agrees_with(self, other: Group, start: Variables) -> bool:
-        """Whether both compute the same gradients. That depends on the network's layers and on which axes are mapped,
-        and not on the guesses, so that two victims and two restarts show it; random guesses, since at a special point
-        all gradients might be 0. Where nothing is mapped, both are plain double backward passes."""
+        """Whether ``other``, whose steps are the quicker ones, may be used.
+
+        Where nothing is mapped, both are plain double backward passes. Else there must be no normalisation in the
+        network: how wrong the quicker gradient then is depends on its weights, and may be less than what single
+        precision rounds. Against what is not known yet the two are compared, on random guesses (at a special point all
+        gradients might be 0) for at most two victims and restarts of a chunk.
+        """
         V, T = start["pixels"].shape[:2]
-        some, restarts = (slice(0, min(size, 2)) for size in (V, T))
-        if V == T == 1:
+        few, restarts = _chunks(V, T, self.max_batch)[0]
+        some, restarts = (slice(0, min(s.stop, size, 2)) for s, size in ((few, V), (restarts, T)))
+        if some.stop == restarts.stop == 1 and (self.max_batch == 1 or V == T == 1):
             return True
         draw = stream(0, "agreement")
         guesses = {k: torch.randn(v.shape, generator=draw).to(v) for k, v in start.items()}
+        images, buffers = self.space.decode(guesses["pixels"][0, 0]), self.template.buffers
+        if normalises(lambda: self.victim.logits(self.template.params, buffers, images)):
+            return False
         (slope, loss), (others, other_loss) = (group._part(guesses, some, restarts) for group in (self, other))
         telling = all(bool(g.isfinite().all() and g.any()) for g in slope.values())
         return telling and farthest((loss, slope), (other_loss, others)).error <= PRECISIONS["fp32"]
@@ -210,13 +218,14 @@ class Group:
 
     def _quick_step(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         """One backward pass through vmap(loss), a fifth to a third less time. Through normalisations that are mapped
-        its second derivative is silently wrong (torch 2.15), so that it is compared with ``_step`` before it is used.
-        """
+        its second derivative is silently wrong (torch 2.15): see ``_agrees_with``."""
         with torch.enable_grad():
             leaves = {k: v.detach().requires_grad_() for k, v in variables.items()}
             loss = self._mapped(self.loss, leaves, seen)
+            if not loss.requires_grad:  # it depends on no variable
+                return {k: torch.zeros_like(v) for k, v in variables.items()}, loss
             # no candidate's loss depends on another one's variables
-            slopes = torch.autograd.grad(loss.sum(), list(leaves.values()))
+            slopes = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(leaves, slopes, strict=True)), loss.detach()
 
     def _mapped(self, one: Callable[..., Any], variables: Variables, seen: Seen) -> Any:

@@ -24,7 +24,8 @@ class Cohort:
     size costs no memory.
 
     clients: K client numbers; steps: per client, the example indices of each local step; weights: per client, what its
-    update counts in the mean.
+    update counts in the mean; expected: per client, how many examples it says that its update holds, where the real
+    number is private (Poisson batches; None: it says the real one).
     """
 
     round_index: int
@@ -32,6 +33,7 @@ class Cohort:
     steps: tuple[tuple[Tensor, ...], ...]
     weights: tuple[int, ...]
     source: Source
+    expected: tuple[int, ...] | None = None
     device: torch.device = CPU
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Cohort:
@@ -64,6 +66,11 @@ class Cohort:
     def num_examples(self) -> tuple[int, ...]:
         """Per client, how many distinct examples its local steps use."""
         return tuple(len(self._used([m])) for m in range(len(self.clients)))
+
+    @property
+    def said(self) -> tuple[int, ...]:
+        """Per client, how many examples it says that its update holds."""
+        return self.num_examples if self.expected is None else self.expected
 
     def truth(self, clients: Sequence[int]) -> Truth:
         """The distinct images behind the updates of some clients, in the order of their first use."""

@@ -15,6 +15,7 @@ from gia_bench.data.partition import Partition
 from gia_bench.data.source import Dataset
 from gia_bench.errors import ConfigError
 from gia_bench.federated.local import LocalWork
+from gia_bench.federated.sampling import expected_examples
 from gia_bench.seeding import stream
 
 
@@ -98,18 +99,22 @@ class FederatedDataModule(L.LightningDataModule):
         if self.clients_per_round < everyone:
             drawn = torch.randperm(everyone, generator=stream(self.seed, "cohort", round_index))
         clients = tuple(drawn[: self.clients_per_round].tolist())
-        steps, weights = [], []
+        steps, weights, expected = [], [], []
         for client in clients:
             own = self.partition.clients[client]
             chosen = self.local.schedule(len(own), self.seed, round_index, client)
             steps.append(tuple(own[positions] for positions in chosen))
             weights.append(self.local.weight(len(own), chosen))
+            rate = self.local.poisson_rate(len(own))
+            if rate is not None:
+                expected.append(expected_examples(len(own), rate, len(chosen)))
         return Cohort(
             round_index=round_index,
             clients=clients,
             steps=tuple(steps),
             weights=tuple(weights),
             source=self.dataset.train,
+            expected=tuple(expected) or None,
         )
 
     def train_dataloader(self) -> Rounds:

@@ -204,6 +204,11 @@ class Defense(ABC):
         """
         return next(iter(update.values())).new_zeros(())
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether it adds noise, be its law known or not."""
+        return self.noise_law() is not None
+
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The law of the noise in what is sent, for attackers who know the defense; None: it adds none, or another
         stage changes it, or it depends on an observation, and this one (None: none yet) does not show enough."""

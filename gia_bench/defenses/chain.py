@@ -94,8 +94,9 @@ class Chain(Defense):
 
     @property
     def _acting(self) -> list[tuple[int, Defense]]:
-        """The stages with their positions, in the order in which they touch an update: first who computes it."""
-        return sorted(enumerate(self.parts), key=lambda placed: not placed[1].own_gradients)
+        """The stages with their positions, in the order in which they touch an update: first DP-SGD, which is done when
+        it is computed."""
+        return sorted(enumerate(self.parts), key=lambda placed: not isinstance(placed[1], DPSGD))
 
     def _seen_by(self, position: int, observation: Observation) -> Observation:
         shared = _part(observation.shared, position)
@@ -242,10 +243,17 @@ class Chain(Defense):
             update = stage.surrogate(update, own)
         return torch.stack(found).sum()
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether a stage does."""
+        return any(stage.adds_noise for stage in self.parts)
+
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The last stage's, where no other one adds noise."""
-        laws = [s.noise_law(None if observation is None else self._seen_by(i, observation)) for i, s in self._acting]
-        return laws[-1] if laws[:-1] == [None] * (len(laws) - 1) else None
+        *before, (place, last) = self._acting
+        if any(stage.adds_noise for _, stage in before):
+            return None
+        return last.noise_law(None if observation is None else self._seen_by(place, observation))
 
     def restore(self, update: Update, observation: Observation) -> Update:
         """By all stages, the last one first."""

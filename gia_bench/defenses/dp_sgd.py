@@ -95,6 +95,11 @@ class DPSGD(Defense):
         """The update itself: its gradients are private already."""
         return update, state
 
+    @property
+    def adds_noise(self) -> bool:
+        """Unless the multiplier is 0."""
+        return self.noise_multiplier > 0
+
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """Gaussian, of noise_multiplier * C / examples in the unit of an update of one local step; of K clients' mean,
         sqrt(K) times that, over the examples of all. None for several steps, where a step's noise also changes the

@@ -77,6 +77,8 @@ class MixUp(Defense):
     def check_steps(self, sizes: Collection[int]) -> None:
         """Needs enough examples to mix in every step, and coefficients that can be drawn within the bounds."""
         for size in sorted(sizes):
+            if not size:  # an empty Poisson batch has nothing to mix, and nothing to hide
+                continue
             self._coefficients(size, min(int(self.klam), size), stream(0, "mixup", size))
 
     def calibrate(self, victim: Victim, public: Examples) -> Defense:

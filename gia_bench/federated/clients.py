@@ -52,12 +52,14 @@ class Clients:
         outputs = self._map(unprotected, [member])
         return {k: v[0] for k, v in outputs.sent.items()}, {k: v[0] for k, v in outputs.state.items()}
 
-    def unprotected(self, member: int, shared: Shared) -> Update:
-        """One member's update by plain gradients, computed alone, and ``buffer <name>``: to find where a number that is
-        not finite came from."""
+    def unprotected(self, member: int) -> Update:
+        """One member's update by plain gradients on its own examples, computed alone, and ``buffer <name>``: to find
+        where a number that is not finite came from."""
+        rules, params = self.rules, self._sent([member])
 
         def plain(inputs: ClientInputs, counts: Sequence[int] | None) -> ClientOutputs:
-            _, result = self._work(inputs, counts, UNDEFENDED, shared, self._sent([member]))
+            local = rules.local.at(self.cohort.round_index)
+            result = local.run(rules.victim, UNDEFENDED, params, inputs.buffers, inputs.batch, {}, counts)
             named = {f"buffer {k}": v for k, v in result.buffers.items()}
             return ClientOutputs(result.update | named, result.buffers, inputs.state, result.loss)
 

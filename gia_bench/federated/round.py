@@ -118,12 +118,12 @@ def play_round(
             sent = {k: v[row] for k, v in outputs.sent.items()}
             if not finite[row]:
                 if rules.on_nonfinite == "fail":
-                    own_update = clients.unprotected(member, shared)
+                    own_update = clients.unprotected(member)
                     raise _nonfinite({k: v[row] for k, v in everything.items()}, own_update, client, round_index)
                 share.dropped.append(client)
                 continue
             own_buffers = {k: v[row] for k, v in outputs.buffers.items()}
-            received = gathering.receive(member, cohort.num_examples[member], sent, own_buffers)
+            received = gathering.receive(member, cohort.said[member], sent, own_buffers)
             share.loss += weights[member] * float(outputs.loss[row])
             share.weight += weights[member]
             share.uplink[client] = received.num_bytes
@@ -150,7 +150,7 @@ def play_round(
     counted = [w for c, w in zip(cohort.clients, weights, strict=True) if c not in gone]
     shares = [w / sum(counted) for w in counted]
     aggregate, server_state = defense.compensate(mean, server.defense, shared, shares)
-    alive = [(c, n) for c, n in zip(cohort.clients, cohort.num_examples, strict=True) if c not in gone]
+    alive = [(c, n) for c, n in zip(cohort.clients, cohort.said, strict=True) if c not in gone]
     num_examples = sum(n for _, n in alive)
     transcript = Transcript(
         round_index, _copy(params), _copy(server.buffers), shared,
@@ -187,9 +187,9 @@ def _nonfinite(sent: Update, own: Update, client: int, round_index: int) -> NonF
     if before == names:
         origin = ""
     elif before:
-        origin = f"Before protection its update was not finite in {_listed(before)}. "
+        origin = f"Before protection its update by plain gradients was not finite in {_listed(before)}. "
     else:
-        origin = "Before protection its update was finite: the defense made it so. "
+        origin = "Before protection its update by plain gradients was finite: the defense made it so. "
     return NonFiniteError(
         f"Client {client} sent NaN or infinity in round {round_index} (in {_listed(names)}). {origin}"
         "Lower the learning rate, look at its data, or go on without it: fl.on_nonfinite=drop_client."

@@ -40,6 +40,12 @@ def poisson_rate(sampling: str, batch_size: int | None, num_examples: int) -> fl
     return (batch_size or num_examples) / num_examples if sampling == POISSON else None
 
 
+def expected_examples(num_examples: int, rate: float, num_steps: int) -> int:
+    """How many distinct examples steps of Poisson batches hold on average, rounded, at least 1: what a client may say,
+    for how many they really hold is private."""
+    return max(1, round(num_examples * (1 - (1 - rate) ** num_steps)))
+
+
 def share_of_expected(batch: Batch, sampling: str, batch_size: int | None) -> Tensor | float:
     """What makes a mean over the examples of a step [B, ...] their sum over the number expected.
 

@@ -45,8 +45,8 @@ class PrivacyProbe(L.Callback):
     Neighbours differ in one unit's contribution (present, or 0). A record's remark holds delta, and says "nominal" and
     why where the accountant's sampling (Poisson) is not the run's (fl.local.sampling=shuffled; clients of a round are
     always drawn in a fixed number), or where other stages of a chain or a pruning, which may look at the data too, are
-    left out of account. The budget is that of what is sent: the number of examples of a Poisson batch is not, and an
-    attacker to whom a threat model shows it knows more.
+    left out of account. The budget is that of what is sent, which of a Poisson batch is the number of examples expected
+    and not that which it holds; an attacker to whom a threat model shows the labels knows more.
     """
 
     def __init__(self, recorder: Recorder, data: FederatedDataModule) -> None:

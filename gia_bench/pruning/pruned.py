@@ -199,6 +199,11 @@ class Pruned(Defense):
         """The inner defense's: the masks do not depend on the update."""
         return self.inner.violation(self._as_seen(update, observation), self._inside(observation))
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the inner defense does."""
+        return self.inner.adds_noise
+
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
         """The inner defense's: off the masks there is neither noise nor residual."""
         return self.inner.noise_law(None if observation is None else self._inside(observation))

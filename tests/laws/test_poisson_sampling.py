@@ -28,6 +28,7 @@ from gia_bench.federated.execution import Executor, Loop, Vmap
 from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.sampling import expected_examples
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Batch, Params, Update
@@ -254,7 +255,7 @@ def test_a_step_may_have_any_size_so_that_mixing_is_refused_when_a_run_is_compos
         return federation(local).step_sizes
 
     assert sizes(local) == frozenset(range(HELD + 1))
-    with pytest.raises(IncompatibleError, match=r"a local step has 0 example\(s\), too few to mix"):
+    with pytest.raises(IncompatibleError, match=r"a local step has 1 example\(s\), too few to mix"):
         Chain(stages={"mix": MixUp()}).check_steps(sizes(local))
     assert sizes(FedSGD(batch_size=None, sampling="poisson")) == {HELD}
 
@@ -281,3 +282,12 @@ def test_a_run_records_a_budget_that_is_not_nominal_and_why_an_empty_batch_was_n
     assert empty and rebuilt and not empty & rebuilt and len(empty | rebuilt) == 8
     unavailable = [r for r in quality if r["status"] == "unavailable"]
     assert len(unavailable) == len(empty) and all("empty batch" in r["reason"] for r in unavailable)
+
+
+def test_a_client_says_how_many_examples_are_expected_and_never_how_many_there_are() -> None:
+    data = federation(ONE)
+    cohorts = [data.cohort(index) for index in range(20)]
+    assert len({n for cohort in cohorts for n in cohort.num_examples}) > 1
+    assert {n for cohort in cohorts for n in cohort.said} == {ONE.batch_size}
+    assert expected_examples(100, 0.1, 1) == 10 and expected_examples(100, 0.1, 2) == 19
+    assert expected_examples(3, 1e-9, 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,11 +14,16 @@ from gia_bench.attacks.arithmetic import PLAIN
 from gia_bench.attacks.distances import L1, Cosine, Distance, Euclidean, EuclideanMean, LayerCosine
 from gia_bench.attacks.group import Group, Seen
 from gia_bench.attacks.inverting_gradients import inverting_gradients
+from gia_bench.attacks.memory import Counted
 from gia_bench.attacks.optimizers import Variables
 from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
 from gia_bench.attacks.scene import Candidate, PixelSpace, Scene
+from gia_bench.models.convnet import convnet
 from gia_bench.models.functional import cross_entropy
-from gia_bench.values import Batch
+from gia_bench.models.lenet import lenet
+from gia_bench.models.resnet import cifar_resnet, resnet
+from gia_bench.models.vit import vit_april
+from gia_bench.values import Batch, Update
 
 
 def group_of(p: Problem, *, joint: bool = False, max_batch: int | None = None) -> Group:
@@ -89,6 +95,54 @@ def test_one_backward_pass_for_all_candidates_is_used_only_where_it_agrees(
     expected = group_of(p).evaluate(pixels)
     torch.testing.assert_close(loss, expected[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient["pixels"], expected[1]["pixels"], rtol=1e-8, atol=1e-12)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "resnet20": (lambda: cifar_resnet((3, 16, 16), 4, width=4), False),
+    "resnet18": (lambda: resnet((3, 16, 16), 4, width=4), False),
+    "convnet": (lambda: convnet((3, 16, 16), 4, width=4), False),
+    "vit_april": (lambda: vit_april((3, 16, 16), 4, patch_size=8, dim=12, heads=2), False),
+    "lenet": (lambda: lenet((3, 16, 16), 4), True),
+    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(), nn.Linear(9, 4)), True),
+}
+"""Networks of the zoo, and whether one backward pass through all candidates is right."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_the_zoo_are_searched_with_their_true_gradient(name: str) -> None:
+    """Deep ones hide a wrong second derivative of a normalisation among what single precision rounds: in double."""
+    make, quick = NETWORKS[name]
+    p = problem(2, batch=2, shape=(3, 16, 16), module=make(), dtype=torch.float64)
+    pixels, group = {"pixels": guesses(p, restarts=2)}, group_of(p)
+    chosen = group.computed(PLAIN, pixels)
+    assert group._agrees_with(dataclasses.replace(group, step=group._quick_step), pixels) == quick
+    (loss, gradient), (expected, true) = chosen.evaluate(pixels), group.evaluate(pixels)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    scale = float(true["pixels"].abs().max())
+    torch.testing.assert_close(gradient["pixels"], true["pixels"], rtol=0, atol=1e-9 * scale)
+
+
+def test_a_loss_that_depends_on_no_variable_has_no_slope() -> None:
+    p = problem(1, dtype=torch.float64)
+
+    def constant(dummy: Update, observed: Update) -> Tensor:
+        return observed["0.bias"].sum()
+
+    group = Group.of(p.observations, p.victim, list(p.labels), PixelSpace.of(p.victim, p.images), constant, {}, None)
+    pixels = {"pixels": guesses(p, restarts=1)}
+    _, gradient = group.computed(PLAIN, pixels).evaluate(pixels)
+    assert not gradient["pixels"].any()
+
+
+def test_nothing_is_mapped_to_find_out_what_is_right_where_memory_is_short() -> None:
+    p = problem(3, norm=nn.BatchNorm2d(4))
+    pixels = {"pixels": guesses(p, restarts=2)}
+    one = group_of(p, max_batch=1)
+    with Counted() as tried:
+        chosen = one.computed(PLAIN, pixels)
+    with Counted() as used:
+        chosen.evaluate(pixels)
+    assert tried.peak <= used.peak
 
 
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4)])
