@@ -11,24 +11,14 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from gia_bench.defenses.ats import ATS
 from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense, NoiseLaw
-from gia_bench.defenses.client_dp import ClientDP
-from gia_bench.defenses.clip import ClipUpdate
+from gia_bench.defenses.chain_order import wrong_order
 from gia_bench.defenses.dp_sgd import DPSGD
-from gia_bench.defenses.mixup import InstaHide, MixUp
-from gia_bench.defenses.none import NoDefense
-from gia_bench.defenses.precode import PRECODE
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Params, Payload, Shared, State, Update
 from gia_bench.wire import DENSE, Codec, places
-
-KEEP_ZEROS = (NoDefense, ClipUpdate, DPSGD, PRECODE, ATS, MixUp, InstaHide)
-"""Of the defenses that pack densely: those that send zero where they are given zero."""
-
-CLIPS = (ClipUpdate, ClientDP)
 
 Values = TypeVar("Values", Shared, State, Noise)
 
@@ -71,7 +61,7 @@ class Chain(Defense):
                 f"defense chain: {' and '.join(computing)} both compute the gradient; keep one of them."
             )
         for (first, early), (second, late) in combinations(self.stages.items(), 2):
-            why = _wrong(early, late)
+            why = wrong_order(early, late)
             if why is not None:
                 raise IncompatibleError(f"defense chain: {second} comes after {first}, {why}, but {order}.")
 
@@ -267,17 +257,6 @@ class Chain(Defense):
         for i, stage in enumerate(self.parts):
             measured |= stage.measure(_part(state, i))
         return measured
-
-
-def _wrong(early: Defense, late: Defense) -> str | None:
-    """Why ``late`` may not come after ``early``, wherever in between others stand; None where it may."""
-    if isinstance(late, CLIPS) and early.noise_law() is not None:
-        return "and would clip the noise with the update, so that neither is what was set: clip first"
-    if isinstance(late, ATS) and isinstance(early, MixUp | InstaHide):
-        return "and would transform a mixture of images: transform first"
-    if early.codec is not DENSE and late.codec is DENSE and not isinstance(late, KEEP_ZEROS):
-        return "and would fill what it empties, so that nothing is saved: put what packs last"
-    return None
 
 
 @final
