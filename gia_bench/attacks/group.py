@@ -170,7 +170,7 @@ class Group:
         agree = sure._agrees_with(quick, start)
         if arithmetic.plain:
             return quick if agree else sure
-        # a program is traced below the transforms of torch.func, where both are the same operations
+        # a compiled program is made of the sure steps: it fuses what the quicker ones save
         function = self._quick_step if agree and not arithmetic.compile else self._step
         step = arithmetic.step(function, start["pixels"])
         other = dataclasses.replace(self, step=step, arithmetic=arithmetic)
