@@ -67,9 +67,10 @@ class PaddedTotalVariation(Prior):
         check(self.weight >= 0, "padded_total_variation.weight", self.weight, "at least 0")
 
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
-        x = nn.functional.pad(candidate.pixels, (0, 1, 0, 1))
-        dx, dy = x.diff(dim=-1)[..., :-1, :], x.diff(dim=-2)[..., :-1]
-        return self.weight * ((dx.abs() + self.eps) + (dy.abs() + self.eps)).mean()
+        x = candidate.pixels
+        # moved by a pixel, with zeros for what comes in: fewer operations than slices of a padded image
+        dx, dy = (nn.functional.pad(x, by) - x for by in ((-1, 1), (0, 0, -1, 1)))
+        return self.weight * ((dx.abs() + dy.abs()).mean() + 2 * self.eps)
 
 
 @final
