@@ -1,4 +1,4 @@
-"""What an optimiser of many candidates at once is, and Adam.
+"""What an optimiser of many candidates at once is, and Adam and SGD.
 
 Candidates have two axes, V victims and T restarts, and never see each other: whatever an optimiser computes for one is
 what it would compute for that one alone.
@@ -134,4 +134,39 @@ class Adam(Optimizer):
             scale = (square.sqrt() / unbias2**0.5).add_(self.eps)
             moved[k] = variables[k].addcdiv(mean, scale, value=-self.lr * moment.rate / unbias1)
             new_state |= {f"mean.{k}": mean, f"square.{k}": square}
+        return Move(loss, moved, new_state, torch.zeros_like(loss, dtype=torch.bool))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Gradient descent with momentum, equal to ``torch.optim.SGD`` candidate by candidate.
+
+    lr: in the units of the variables (normalised pixels) per unit of the gradient; momentum: 0 for none; nesterov: look
+    ahead (Nesterov's form, needs momentum); transform: applied to the gradient first.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    transform: Transform = field(default_factory=Raw)
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "sgd.lr", self.lr, "a number above 0")
+        check(0 <= self.momentum < 1, "sgd.momentum", self.momentum, "a number in [0, 1)")
+        check(not self.nesterov or self.momentum > 0, "sgd.nesterov", self.nesterov, "false where sgd.momentum is 0")
+
+    def init(self, variables: Variables) -> State:
+        return {f"velocity.{k}": torch.zeros_like(v) for k, v in variables.items()}
+
+    def step(self, variables: Variables, state: State, evaluate: Evaluate, moment: Moment) -> Move:
+        loss, gradients = evaluate(variables)
+        new_state: State = {}
+        moved: Variables = {}
+        for k, gradient in gradients.items():
+            g = self.transform(gradient, moment)
+            velocity = state[f"velocity.{k}"] * self.momentum + g
+            way = g + self.momentum * velocity if self.nesterov else velocity
+            moved[k] = variables[k] - self.lr * moment.rate * way
+            new_state[f"velocity.{k}"] = velocity
         return Move(loss, moved, new_state, torch.zeros_like(loss, dtype=torch.bool))

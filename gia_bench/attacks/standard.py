@@ -23,13 +23,15 @@ from gia_bench.values import Batch, Observation, Reconstruction
 log = logging.getLogger(__name__)
 
 COSINE, STEPS = Cosine(), LocalSteps()
-_SHOWN: Mapping[Knowledge, Callable[[Observation], bool]] = {
-    Knowledge.NUM_EXAMPLES: lambda o: o.num_examples is not None,
-    Knowledge.LABELS: lambda o: o.labels is not None,
-    Knowledge.LOCAL: lambda o: o.local is not None,
-    Knowledge.DEFENSE: lambda o: o.defense is not None,
-    Knowledge.SENT_BUFFERS: lambda o: o.sent_buffers is not None,
-    Knowledge.PUBLIC: lambda o: o.public is not None,
+_SHOWN: Mapping[Knowledge, Callable[[Observation, Victim], bool]] = {
+    Knowledge.BUFFERS: lambda o, victim: bool(o.buffers) or not victim.initial()[1],
+    Knowledge.NUM_EXAMPLES: lambda o, _: o.num_examples is not None,
+    Knowledge.LABELS: lambda o, _: o.labels is not None,
+    Knowledge.LOCAL: lambda o, _: o.local is not None,
+    Knowledge.SHARED: lambda o, _: bool(o.shared),
+    Knowledge.DEFENSE: lambda o, _: o.defense is not None,
+    Knowledge.SENT_BUFFERS: lambda o, _: o.sent_buffers is not None,
+    Knowledge.PUBLIC: lambda o, _: o.public is not None,
 }
 """What an observation itself tells of the threat model behind it."""
 
@@ -151,9 +153,8 @@ def _nobody(refused: Mapping[str, str | None]) -> str:
 
 def _refusal(member: Attack, observation: Observation, victim: Victim) -> str | None:
     """Why a member cannot attack here, or None."""
-    unseen = [
-        f.name.lower() for f, shown in _SHOWN.items() if f in member.requires and f.name and not shown(observation)
-    ]
+    needed = {flag: shown for flag, shown in _SHOWN.items() if flag in member.requires}
+    unseen = [flag.name.lower() for flag, shown in needed.items() if flag.name and not shown(observation, victim)]
     if unseen:
         return f"it needs to see {', '.join(unseen)}"
     if member.max_examples is not None and (observation.num_examples or 0) > member.max_examples:

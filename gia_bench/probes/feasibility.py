@@ -6,6 +6,8 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from gia_bench.models.functional import Victim
 from gia_bench.values import Observation
 
@@ -16,13 +18,15 @@ def feasibility(observation: Observation, victim: Victim) -> dict[str, float]:
     """The attacked pixels, the entries of the update that say something about them, and the local steps behind it.
 
     examples: of the update, where the threat model shows their number; unknowns: examples x C x H x W; equations:
-    entries of the update (and of earlier rounds, where the attack takes them) that are not zero; local_steps: where
-    they are shown. Fewer equations than unknowns leave an attack with what its prior says. More promise nothing:
-    equations repeat each other, and a network forgets.
+    entries of the update that are not zero, or were not in an earlier round of as many examples, where the attack takes
+    them: it adds the rounds up; local_steps: where they are shown. Fewer equations than unknowns leave an attack with
+    what its prior says. More promise nothing: equations repeat each other, an attack may mute layers, and a network
+    forgets.
     """
     count, local = observation.num_examples, observation.local
-    updates = [observation.update, *(earlier.update for earlier in observation.earlier)]
-    known = {"equations": float(sum(int(t.count_nonzero()) for update in updates for t in update.values()))}
+    updates = [observation.update, *(past.update for past in observation.earlier if past.num_examples == count)]
+    sent = (sum(update[k] != 0 for update in updates) for k in observation.update)
+    known = {"equations": float(sum(int(torch.as_tensor(times).count_nonzero()) for times in sent))}
     if count is not None:
         known |= {"examples": float(count), "unknowns": float(count * math.prod(victim.input_shape))}
         if local is not None:

@@ -11,7 +11,7 @@ from typing import Any, final
 import pytest
 import torch
 from attack_problems import Memory, problem
-from torch import Tensor
+from torch import Tensor, nn
 
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.compensating import Compensating
@@ -145,6 +145,18 @@ def test_members_that_cannot_attack_here_are_left_out_and_a_failed_one_never_win
     assert set(rebuilt.alternatives) == {"fails", "plays"}
     assert torch.equal(rebuilt.inputs, NOISE[0])
     assert rebuilt.failure is None
+
+
+@pytest.mark.parametrize("asks", [Knowledge.BUFFERS, Knowledge.SHARED])
+def test_a_member_goes_without_statistics_and_announcements_that_are_not_shown(asks: Knowledge) -> None:
+    q = problem(3, batch=2, norm=nn.BatchNorm2d(4))
+    standard = Standard(members={"asks": says(P.images, asks=asks), "plays": says(NOISE)})
+    hidden = [dataclasses.replace(o, buffers={}, shared={}) for o in q.observations]
+    [rebuilt, *_] = standard.reconstruct_many(hidden, q.victim, seeds=[0, 1, 2])
+    assert set(rebuilt.alternatives) == {"plays"}
+    shown = [dataclasses.replace(o, shared={"risk": torch.ones(1)}) for o in q.observations]
+    [rebuilt, *_] = standard.reconstruct_many(shown, q.victim, seeds=[0, 1, 2])
+    assert set(rebuilt.alternatives) == {"asks", "plays"}
 
 
 def test_no_member_left_names_all_reasons() -> None:

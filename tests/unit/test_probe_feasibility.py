@@ -20,11 +20,14 @@ def test_what_is_known_of_an_update_is_counted_by_hand() -> None:
     first = next(iter(update))
     update[first].view(-1)[:5] = 1.0
     local = FedAvg(learning_rate=0.1, epochs=2, batch_size=2)
-    earlier = dataclasses.replace(o, update={first: torch.tensor([1.0, 0.0, 2.0])})
-    seen = dataclasses.replace(o, update=update, local=local, earlier=(earlier,))
+    before = {k: v.clone() for k, v in update.items()}
+    before[first].view(-1)[:7] = 1.0  # five of the seven are sent again
+    earlier = dataclasses.replace(o, update=before)
+    other = dataclasses.replace(o, update={k: torch.ones_like(v) for k, v in update.items()}, num_examples=2)
+    seen = dataclasses.replace(o, update=update, local=local, earlier=(earlier, other))
     expected = {"equations": 7.0, "examples": 3.0, "unknowns": 3.0 * 64, "local_steps": 4.0}
     assert feasibility(seen, p.victim) == expected
-    assert feasibility(dataclasses.replace(seen, num_examples=None), p.victim) == {"equations": 7.0}
+    assert feasibility(dataclasses.replace(seen, num_examples=None, earlier=()), p.victim) == {"equations": 5.0}
 
 
 def test_one_line_tells_all_updates_and_a_warning_those_that_cannot_be_solved(caplog: pytest.LogCaptureFixture) -> None:
