@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from gia_bench.attacks.checks import check
@@ -56,21 +57,42 @@ class TotalVariation(Prior):
 @final
 @dataclass(frozen=True, kw_only=True)
 class PaddedTotalVariation(Prior):
-    """Breaching's scale: weight * mean over all pixels of (|dx| + |dy|), with one line of zeros behind the last row and
-    column, so that its borders count, and with 1e-8 added to each difference.
+    """Breaching's scale: weight * mean over all pixels of ((|dx| + eps)^inner + (|dy| + eps)^inner)^outer, with one
+    line of zeros behind the last row and column, so that its borders count.
+
+    inner, outer: 1 and 1 for anisotropic, 2 and 0.5 for isotropic variation; double_opponents: of R - G, R - B and
+    G - B too (one-channel images have none; any other number of channels than one and three is refused).
     """
 
     weight: float
+    inner: float = 1.0
+    outer: float = 1.0
+    double_opponents: bool = False
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
         check(self.weight >= 0, "padded_total_variation.weight", self.weight, "at least 0")
+        check(self.inner > 0, "padded_total_variation.inner", self.inner, "a number above 0")
+        check(self.outer > 0, "padded_total_variation.outer", self.outer, "a number above 0")
+
+    def refusal(self, observation: Observation, victim: Victim) -> str | None:
+        """Opponent colours are of red, green and blue."""
+        channels = victim.input_shape[0]
+        if not self.double_opponents or channels in (1, 3):
+            return None
+        return f"double_opponents is for images of 1 or 3 channels, and these have {channels}; take false."
 
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
         x = candidate.pixels
+        if self.double_opponents and x.shape[-3] == 3:
+            red, green, blue = x.unbind(-3)
+            x = torch.stack([red, green, blue, red - green, red - blue, green - blue], dim=-3)
         # moved by a pixel, with zeros for what comes in: fewer operations than slices of a padded image
-        dx, dy = (nn.functional.pad(x, by) - x for by in ((-1, 1), (0, 0, -1, 1)))
-        return self.weight * ((dx.abs() + dy.abs()).mean() + 2 * self.eps)
+        dx, dy = ((nn.functional.pad(x, by) - x).abs() for by in ((-1, 1), (0, 0, -1, 1)))
+        if self.inner == self.outer == 1:
+            return self.weight * ((dx + dy).mean() + 2 * self.eps)
+        across, down = ((d + self.eps).pow(self.inner) for d in (dx, dy))
+        return self.weight * (across + down).pow(self.outer).mean()
 
 
 @final

@@ -102,7 +102,11 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     "gradinversion_dgp_paper": lambda: gradinversion(
         restarts=1,
         optimizer=Adam(lr=0.1, transform=Sign()),
-        priors={**PRIORS, "batch_norm": RunningStatistics(weight=0.01)},
+        priors={
+            **PRIORS,
+            "total_variation": PaddedTotalVariation(weight=1e-4, double_opponents=True),
+            "batch_norm": RunningStatistics(weight=0.01),
+        },
         forces={"langevin": Langevin(scale=0.02)},
     ),
     "dlg_one_at_a_time": lambda: dlg(steps=1_200, optimizer=OneAtATime(optimizer=LBFGS())),
@@ -120,7 +124,7 @@ PRESETS: dict[str, Callable[[], Attack]] = {
         replay=EpochAverage(weight=0.1),
     ),
     "inverting_gradients_dgp_paper": lambda: inverting_gradients(
-        steps=12_000, priors={"total_variation": PaddedTotalVariation(weight=0.2)}
+        steps=12_000, priors={"total_variation": PaddedTotalVariation(weight=0.2, double_opponents=True)}
     ),
     "inverting_gradients_joint": lambda: JointRounds(attack=inverting_gradients(steps=4_800, replay=AllRounds())),
     "inverting_gradients_fast": lambda: inverting_gradients(steps=1_000, snapshot_every=250),

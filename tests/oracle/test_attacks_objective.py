@@ -18,6 +18,7 @@ from gia_bench.attacks.memory import Counted
 from gia_bench.attacks.optimizers import Variables
 from gia_bench.attacks.priors import Norm, PaddedTotalVariation, TotalVariation
 from gia_bench.attacks.scene import Candidate, PixelSpace, Scene
+from gia_bench.errors import IncompatibleError
 from gia_bench.models.convnet import convnet
 from gia_bench.models.functional import cross_entropy
 from gia_bench.models.lenet import lenet
@@ -236,3 +237,31 @@ def test_priors_equal_numpy_written_by_hand_in_both_scales_of_total_variation() 
     padded = PaddedTotalVariation(weight=0.5)(candidate, scene).item()
     assert padded == pytest.approx(0.5 * (total / n.size + 2e-8), rel=1e-6)
     assert Norm(weight=0.5)(candidate, scene).item() == pytest.approx(0.25 * (n**2).mean())
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(1.0, 1.0), (2.0, 0.5)])
+def test_variation_of_opponent_colours_equals_a_convolution_with_difference_kernels(inner: float, outer: float) -> None:
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scene = Scene(problem(1).victim, problem(1).observations[0])
+    prior = PaddedTotalVariation(weight=0.2, inner=inner, outer=outer, double_opponents=True)
+
+    red, green, blue = x.unbind(1)
+    planes = torch.stack([red, green, blue, red - green, red - blue, green - blue], dim=1).flatten(0, 1)[:, None]
+    kernels = torch.zeros(2, 1, 3, 3, dtype=x.dtype)
+    kernels[0, 0, 1, 1] = kernels[1, 0, 1, 1] = -1
+    kernels[0, 0, 2, 1] = kernels[1, 0, 1, 2] = 1
+    differences = torch.nn.functional.conv2d(planes, kernels, padding=1).abs() + 1e-8
+    expected = 0.2 * differences.pow(inner).sum(1).pow(outer).mean()
+
+    torch.testing.assert_close(prior(Candidate(x, x, torch.zeros(2)), scene), expected, rtol=1e-9, atol=0)
+    grey = x[:, :1]
+    plain = dataclasses.replace(prior, double_opponents=False)
+    one = (p(Candidate(grey, grey, torch.zeros(2)), scene) for p in (prior, plain))
+    assert len({float(value) for value in one}) == 1, "a grey image has no opponent colours"
+
+
+def test_opponent_colours_of_two_channels_are_refused() -> None:
+    p = problem(1, shape=(2, 8, 8))
+    attack = inverting_gradients(steps=1, priors={"tv": PaddedTotalVariation(weight=0.2, double_opponents=True)})
+    with pytest.raises(IncompatibleError, match="double_opponents is for images of 1 or 3 channels, and these have 2"):
+        attack.reconstruct_many(p.observations, p.victim, seeds=[0])

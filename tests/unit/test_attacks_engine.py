@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import pytest
 import torch
 from attack_problems import Memory, double_backward_loss, problem
 from torch import Tensor
 
+from gia_bench.attacks import optimize
 from gia_bench.attacks.distances import Euclidean
 from gia_bench.attacks.dlg import dlg
 from gia_bench.attacks.idlg import idlg
@@ -154,6 +156,19 @@ def test_a_killed_attack_goes_on_bit_for_bit(attack: GradientMatching, saves: in
     memory.saves_to_live = None
     assert_same(attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1], snapshots=memory), expected)
     assert len(memory.kept) == 1, "a second key means that the first state was not picked up"
+
+
+def test_a_long_search_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(2)
+    attack = inverting_gradients(steps=9, snapshot_every=4)
+    with caplog.at_level(logging.INFO, logger=optimize.__name__):
+        attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
+        assert not caplog.records, "a short one says nothing"
+        monkeypatch.setattr(optimize, "TELL_EVERY", 0.0)
+        attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == ["step 4 of 9", "step 8 of 9", "step 9 of 9"]
+    assert said[0].endswith("in the median, 0 of 2 candidates are at rest")
 
 
 def test_the_state_of_other_settings_or_victims_is_never_picked_up() -> None:
