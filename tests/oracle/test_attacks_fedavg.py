@@ -259,3 +259,19 @@ def test_graddefenses_attacks_rebuild_images_behind_two_local_epochs_which_one_s
     assert (gia().replay, gia().distance) == (LocalSteps(), Cosine())
     assert scores[LocalSteps()] < 1e-12 < 1e-3 < scores[OneStep()]
     assert quality[LocalSteps()].max() > 40 > quality[OneStep()].max()
+
+
+@pytest.mark.parametrize("labels", ["auto", "joint"])
+def test_behind_several_local_steps_labels_that_are_not_shown_are_found_with_the_image(labels: str) -> None:
+    local = FedAvg(learning_rate=0.03, epochs=3, batch_size=None)
+    p = problem(4, width=12, dtype=torch.float64)
+    seen = []
+    for x, y in zip(p.images, p.labels, strict=True):
+        update, _ = sent(p.victim, local, Batch(x, y, torch.ones(1, dtype=torch.float64)), 0)
+        seen.append(dataclasses.replace(p.observations[0], update=update, labels=None, local=local))
+    attack = dataclasses.replace(dga(steps=10), labels=labels, replay=LocalSteps())
+    found = attack.reconstruct_many(seen, p.victim, seeds=[0, 1, 2, 3])
+    right = [torch.equal(torch.as_tensor(r.labels), y) for r, y in zip(found, p.labels, strict=True)]
+    quality = torch.stack([psnr_db(r.inputs, x)[0] for r, x in zip(found, p.images, strict=True)])
+    assert all(right) if labels == "auto" else sum(right) >= 2
+    assert quality.max() > 40
