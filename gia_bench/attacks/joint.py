@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+import torch
 from torch import Tensor
 
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
@@ -55,8 +56,12 @@ class JointRounds(Attack):
     With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a
     defense which withholds much of every round withholds little of many. For clients that train on the same examples in
     every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was
-    used are left out. ``attack`` should replay ``AllRounds``. It does not use the defense: what stands for one round's
-    pruning does not stand for the sum of many. (gia_bench's own.)
+    used are left out. ``attack`` should replay ``AllRounds``.
+
+    An attacker who knows the defense, and that it ``repays`` what it withholds, compares the sums only where the last
+    round sent something: there nothing is owed, and the sum is that of the updates, exactly, if he saw all of the
+    client's rounds. Of any other defense no use is made: what stands for one round's pruning does not stand for the sum
+    of many. (gia_bench's own.)
     """
 
     attack: Attack
@@ -98,9 +103,15 @@ class JointRounds(Attack):
 
 
 def summed(observation: Observation, victim: Victim) -> Observation:
-    """One observation whose update is the sum over its own round and the earlier ones of as many examples."""
+    """One observation whose update is the sum over its own round and the earlier ones of as many examples; where the
+    defense is known and repays what it withholds, of the entries alone that its own round sent."""
     published = victim.initial()[1]
     alike = [e for e in observation.earlier if e.num_examples == observation.num_examples]
     update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
+    defense = observation.defense
+    if defense is None or not defense.repays or len(alike) < len(observation.earlier):
+        defense = None
+    else:
+        update = {k: torch.where(observation.update[k] != 0, u, 0) for k, u in update.items()}
     models = [dataclasses.replace(e, update={}, buffers={**published, **e.buffers}, defense=None) for e in alike]
-    return dataclasses.replace(observation, update=update, earlier=tuple(models), defense=None)
+    return dataclasses.replace(observation, update=update, earlier=tuple(models), defense=defense)

@@ -89,6 +89,11 @@ class ADGP(Defense):
             return on_support(update, observation.update)
         return restricted(update, {name: observation.shared[MASK + name] for name in update})
 
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""
         return self.error_feedback.measure(state)

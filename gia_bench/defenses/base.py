@@ -205,6 +205,12 @@ class Defense(ABC):
         return next(iter(update.values())).new_zeros(())
 
     @property
+    def repays(self) -> bool:
+        """Whether an entry that is sent, if any is not zero, carries all that was withheld of it in earlier rounds: the
+        sum of what was sent until then is there the sum of the updates themselves."""
+        return False
+
+    @property
     def adds_noise(self) -> bool:
         """Whether it adds noise, be its law known or not."""
         return self.noise_law() is not None

@@ -62,6 +62,11 @@ class DGP(Defense):
         part in the ranks and which nobody else sees."""
         return violation(update, observation.update, exact(self.k1), self.scope)
 
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""
         return self.error_feedback.measure(state)

@@ -45,6 +45,11 @@ class ErrorFeedback:
         check("error_feedback.scale", self.scale, lambda s: 0 <= s < math.inf, "be finite and at least 0")
         check("error_feedback.decay", self.decay, lambda d: 0 <= d <= 1, "lie in [0, 1]; 1 forgets nothing")
 
+    @property
+    def repays(self) -> bool:
+        """Whether what is withheld is sent later as it is, neither lost nor changed."""
+        return self.enabled and self.scale == self.decay == 1
+
     def initial(self, like: Params) -> State:
         """Nothing withheld and nothing sent."""
         if not self.enabled:

@@ -61,6 +61,11 @@ class GradientCompression(Defense):
         """The dummy update where the observed one is not zero."""
         return on_support(update, observation.update)
 
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""
         return self.error_feedback.measure(state)
@@ -119,6 +124,11 @@ class RandomK(Defense):
         """The dummy update where the observed one is not zero."""
         return on_support(update, observation.update)
 
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""
         return self.error_feedback.measure(state)
@@ -157,6 +167,11 @@ class Threshold(Defense):
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update where the observed one is not zero."""
         return on_support(update, observation.update)
+
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
 
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""

@@ -60,6 +60,11 @@ class TopK(Defense):
         which nobody else sees."""
         return violation(update, observation.update, exact(0), self.scope)
 
+    @property
+    def repays(self) -> bool:
+        """As its error feedback does."""
+        return self.error_feedback.repays
+
     def measure(self, state: State) -> dict[str, Tensor]:
         """``residual_norm`` and ``never_sent_share``."""
         return self.error_feedback.measure(state)
