@@ -20,7 +20,7 @@ CLIPS = (ClipUpdate, ClientDP)
 
 def wrong_order(early: Defense, late: Defense) -> str | None:
     """Why ``late`` may not come after ``early``, wherever in between others stand; None where it may."""
-    if isinstance(late, CLIPS) and early.noise_law() is not None:
+    if isinstance(late, CLIPS) and early.adds_noise:
         return "and would clip the noise with the update, so that neither is what was set: clip first"
     if isinstance(late, ATS) and isinstance(early, MixUp | InstaHide):
         return "and would transform a mixture of images: transform first"

@@ -143,6 +143,11 @@ class GradDefense(Defense):
         """The mean without what looks like noise; the risk is remembered for rounds that do not measure it."""
         return self._denoised(aggregate, shares), {"risk": shared["risk"]}
 
+    @property
+    def adds_noise(self) -> bool:
+        """Unless variance is 0; on a part of the entries, so that it has no law here."""
+        return self.variance > 0
+
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update without the d loudest slices of the observed one, where the noise must be. Zeros there add a
         constant to a Euclidean distance and a factor to a cosine. gia_bench choice; the paper's attacker compensates.

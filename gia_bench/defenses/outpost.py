@@ -101,6 +101,11 @@ class Outpost(Defense):
         """The update itself: its gradients are perturbed already."""
         return update, state
 
+    @property
+    def adds_noise(self) -> bool:
+        """Unless noise_base is 0; on entries that the client's data choose, so that it has no law here."""
+        return self.noise_base > 0
+
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update where the observed one is not zero: all of it where nothing was perturbed."""
         return on_support(update, observation.update)

@@ -153,7 +153,9 @@ class LearnedRates(DefenseMask):
         logits, slope = state[LOGITS], torch.func.grad(objective)
         for step in range(self.steps):
             gradient = slope(logits, noise[GUMBEL][step].to(logits), self._temperature(step))
-            logits = (logits - self.learning_rate * gradient.sign()).clamp(-LIMIT, LIMIT)
+            # the sign of NaN is 0: a client who has lost his loss would send everything and say nothing
+            sign = torch.where(gradient.isnan(), gradient, gradient.sign())
+            logits = (logits - self.learning_rate * sign).clamp(-LIMIT, LIMIT)
         best = logits.argmax(-1)
         masks = {k: reduce(or_, [m & (best[i] == r) for r, m in enumerate(options[k])]) for i, k in enumerate(options)}
         return masks, {LOGITS: logits}

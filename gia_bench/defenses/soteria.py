@@ -102,13 +102,14 @@ class Soteria(Defense):
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
-        """The update without the dropped columns. NaN and infinity stay, so that the server sees them."""
+        """The update without the dropped columns. NaN and infinity stay, so that the server sees them; where a score is
+        NaN, nobody can say what to drop, and the whole matrix becomes NaN."""
         head = client.victim.head
         if head is None:
             raise no_head()
         steps = [Batch(*(t[s] for t in client.batch)) for s in range(client.batch.mask.shape[0])]
         scores = torch.stack([self._scores(client, head, step, noise, s) for s, step in enumerate(steps)]).sum(0)
-        weight = update[head.weight]
+        weight = torch.where(scores.isnan().any(), torch.nan, update[head.weight])
         kept = ~(scores.abs() < percentile(scores, self.prune)) | ~weight.isfinite()
         return update | {head.weight: torch.where(kept, weight, 0)}, state
 
@@ -140,9 +141,13 @@ class Soteria(Defense):
 
 
 def percentile(scores: Tensor, share: float) -> Tensor:
-    """numpy's percentile of scores [n], by linear interpolation; share in [0, 1]."""
+    """numpy's percentile of scores [n], by linear interpolation, but infinite between two infinite ones; share in
+    [0, 1]."""
     ordered = scores.sort().values
     place = share * (len(scores) - 1)
     low = math.floor(place)
     high = min(low + 1, len(scores) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    below, above = ordered[low], ordered[high]
+    if place == low:
+        return below
+    return torch.where(below == above, below, below + (place - low) * (above - below))

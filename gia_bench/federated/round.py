@@ -20,6 +20,9 @@ from gia_bench.values import Buffers, Params, Payload, Shared, State, Transcript
 Keep: TypeAlias = Callable[[int, int, State], State]
 """(client, round, its next state) -> the same state as it is held until the next round."""
 
+KEPT = "state "
+"""Before the names of what a defense keeps between rounds."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Round:
@@ -111,7 +114,8 @@ def play_round(
     ]
     for chunk in rules.executor.chunks(cohort, members, rules.victim.batch_coupled):
         outputs = clients.run(chunk, shared)
-        everything = outputs.sent | {f"buffer {k}": v for k, v in outputs.buffers.items()}
+        kept = {f"{KEPT}{k}": v for k, v in outputs.state.items() if v.is_floating_point()}
+        everything = outputs.sent | {f"buffer {k}": v for k, v in outputs.buffers.items()} | kept
         finite = _finite(everything)
         for row, member in enumerate(chunk):
             client = cohort.clients[member]
@@ -190,8 +194,10 @@ def _nonfinite(sent: Update, own: Update, client: int, round_index: int) -> NonF
         origin = f"Before protection its update by plain gradients was not finite in {_listed(before)}. "
     else:
         origin = "Before protection its update by plain gradients was finite: the defense made it so. "
+    # a defense that decides by what it keeps may hide its NaN from what is sent
+    does = "keeps" if all(name.startswith(KEPT) for name in names) else "sent"
     return NonFiniteError(
-        f"Client {client} sent NaN or infinity in round {round_index} (in {_listed(names)}). {origin}"
+        f"Client {client} {does} NaN or infinity in round {round_index} (in {_listed(names)}). {origin}"
         "Lower the learning rate, look at its data, or go on without it: fl.on_nonfinite=drop_client."
     )
 

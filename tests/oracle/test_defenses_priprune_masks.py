@@ -128,3 +128,12 @@ def test_the_noise_is_gumbels() -> None:
     assert drawn.shape == (2000, 2, 6) and drawn.isfinite().all()
     assert drawn.mean().item() == pytest.approx(0.5772, abs=0.03)
     assert drawn.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.03)
+
+
+def test_a_client_who_has_lost_his_loss_shows_it_in_his_logits() -> None:
+    """The sign of NaN is 0: his rates would stay at their first, which withholds nothing."""
+    mask, sensitivity = LearnedRates(steps=2), {"a": torch.rand(5, generator=torch.Generator().manual_seed(0))}
+    noise = mask.draw(sensitivity, torch.Generator().manual_seed(0))
+    choice = Choice(sensitivity, lambda sent: torch.nan * sent["a"].sum())
+    _, state = mask.withheld(choice, mask.initial(sensitivity), noise)
+    assert state[LOGITS].isnan().all()

@@ -135,3 +135,10 @@ def test_a_model_without_a_linear_head_is_refused_with_the_way_out() -> None:
     other = Scene(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)))
     with pytest.raises(IncompatibleError, match="one output per class"):
         Soteria().protect(other.update(0), other.client(0), {}, {}, {})
+
+
+def test_the_percentile_between_two_infinite_scores_is_infinite() -> None:
+    """epsilon=0 divides by features that are 0. inf - inf would be NaN, and keep every column."""
+    scores = torch.tensor([1.0, torch.inf, 0.0, torch.inf, torch.inf])
+    assert percentile(scores, 0.7) == torch.inf
+    assert percentile(scores, 0.25) == 1.0

@@ -181,6 +181,16 @@ def test_an_aligned_stage_stands_first_and_its_mask_is_used_by_name() -> None:
     assert torch.equal(defense.surrogate(ones, seen)["w"] != 0, shared["0.mask.w"])
 
 
+NOISY = (GradDefense(), Outpost(), DPSGD())
+"""They add noise of which an attacker is told no law, or only by an observation."""
+
+
+@pytest.mark.parametrize("noisy", [GradDefense(), DPSGD()], ids=str)
+def test_the_noise_of_a_chain_has_no_law_where_an_earlier_stage_adds_another(noisy: Defense) -> None:
+    later = GaussianNoise(variance=1e-4)
+    assert chain(noisy, later).noise_law() is None is not chain(ClipUpdate(), later).noise_law()
+
+
 @pytest.mark.parametrize(
     ("stages", "says"),
     [
@@ -194,6 +204,7 @@ def test_an_aligned_stage_stands_first_and_its_mask_is_used_by_name() -> None:
         ((HalfPrecision(), ClientDP()), "put what packs last"),
         ((GaussianNoise(scale=0.1), TopK(), ClipUpdate()), "stage2 comes after stage0, and would clip the noise"),
         ((ClientDP(), ClientDP()), "would clip the noise"),
+        *(((noisy, late), "would clip the noise") for noisy in NOISY for late in (ClipUpdate(), ClientDP())),
         ((MixUp(), ATS()), "stage1 comes after stage0, and would transform a mixture"),
         ((Outpost(), DPSGD()), "stage0 and stage1 both compute the gradient"),
         ((GradDefense(clip=0.1), DPSGD()), "stage0 and stage1 both compute the gradient"),

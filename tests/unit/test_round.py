@@ -226,6 +226,24 @@ def test_a_nonfinite_update_names_client_and_round_or_drops_the_client(value: fl
         play(model, local, Loop(), defense=_Broken(1e9), on_nonfinite="drop_client")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Secret(Defense):
+    """Sends what is right, and keeps NaN for every client."""
+
+    def init_client(self, like: Params) -> State:
+        return {"rate": torch.zeros(2, dtype=torch.float64), "count": torch.zeros(1, dtype=torch.int64)}
+
+    def protect(
+        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
+    ) -> tuple[Update, State]:
+        return update, state | {"rate": state["rate"] + torch.nan}
+
+
+def test_nan_in_what_a_defense_keeps_is_found_though_the_update_hides_it() -> None:
+    with pytest.raises(NonFiniteError, match=r"Client 0 keeps NaN or infinity in round 0 \(in state rate\)"):
+        play(victim(), FedSGD(batch_size=4), Vmap(chunk_size=2), defense=_Secret())
+
+
 class _Root(nn.Module):
     """Adds 0 times the root of a parameter that is 0: of all gradients only its own is NaN."""
 
