@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from gia_bench.data.cohort import Cohort
+from gia_bench.defenses.adgp import ADGP
+from gia_bench.defenses.base import Defense
+from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.none import NoDefense
 from gia_bench.defenses.selection import exact, ranks
 from gia_bench.federated.clients import Clients
@@ -22,7 +25,7 @@ from gia_bench.values import Transcript, Update
 from gia_bench.wire import bits_of
 
 K1, K2 = 0.05, 0.75
-"""The shares of the largest and of the smallest entries, as in the authors' DGP."""
+"""The shares of the largest and of the smallest entries, as in the authors' DGP, where a run's defense has none."""
 
 
 class Energy(NamedTuple):
@@ -51,9 +54,16 @@ class TheoryProbe(L.Callback):
         report: RoundReport = outputs["report"]
         if report.transcript is None or not trainer.is_global_zero:
             return
+        k1, k2 = shares(pl_module.rules.defense)
         for client, sent in report.transcript.updates.items():
-            measured = measure(undefended(pl_module.rules, report.transcript, batch, client), sent)
+            measured = measure(undefended(pl_module.rules, report.transcript, batch, client), sent, k1, k2)
             self.recorder.extend(measured._asdict().items(), round=report.round_index, client=client)
+
+
+def shares(defense: Defense) -> tuple[float, float]:
+    """k1 and k2 of the run's own dual pruning, so that a sweep over them is told about what it drops."""
+    own = (leaf for leaf in defense.leaves() if isinstance(leaf, DGP | ADGP))
+    return next(((leaf.k1, leaf.k2) for leaf in own), (K1, K2))
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch import nn
 from gia_bench.data.cohort import Cohort
 from gia_bench.data.source import InMemory
 from gia_bench.defenses.base import Defense
+from gia_bench.defenses.chain import Chain
+from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.feedback import ErrorFeedback
@@ -23,7 +25,7 @@ from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.models.functional import Victim
-from gia_bench.probes.theory import measure, undefended
+from gia_bench.probes.theory import measure, shares, undefended
 from gia_bench.seeding import seeded, stream
 
 OFF = ErrorFeedback(enabled=False)
@@ -114,3 +116,9 @@ def test_a_clients_own_update_is_what_the_undefended_round_sends_whatever_the_de
                 torch.testing.assert_close(own[k], g, rtol=1e-4, atol=1e-6)
             distance = measure(own, played.transcript.updates[client]).relative_gradient_distance
             assert (distance < 1e-5) == isinstance(defense, NoDefense)
+
+
+def test_the_energies_are_of_the_shares_that_the_run_itself_drops() -> None:
+    own = DGP(k1=0.1, k2=0.5)
+    assert shares(own) == shares(Chain(stages={"clip": ClipUpdate(), "prune": own})) == (0.1, 0.5)
+    assert shares(TopK()) == (0.05, 0.75)
