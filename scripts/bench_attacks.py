@@ -69,7 +69,16 @@ def bench_attack(table: Table, victims: int = 64, steps: int = 200) -> None:
         for _ in range(7)
     ]
     one, four = (median(column) for column in zip(*by_turns, strict=True))
-    many = seconds(ours(matching(steps, weight), model, seen), repeats=3) / steps / victims
+    theirs(steps, weight, model, seen[:1])() if peer.installed() else None  # its imports, and what it compiles at first
+    turns = [  # by turns again: all victims at once, and every fourth by breaching, one by one
+        (
+            seconds(ours(matching(steps, weight), model, seen), repeats=1, warm=turn == 0) / victims,
+            seconds(theirs(steps, weight, model, seen[turn::4]), repeats=1, warm=False) / len(seen[turn::4])
+            if peer.installed() else 0.0,
+        )
+        for turn in range(4)
+    ]  # fmt: skip
+    many, single = (median(column) / steps for column in zip(*turns, strict=True))
     name = "gradient matching, DLG-LeNet, cosine + TV"
     table.add_row(f"{name}: 1 victim", f"{1e3 * one:.2f} ms/step", "1.0x")
     table.add_row("the same with 4 restarts at once", f"{1e3 * four:.2f} ms/step", f"{four / one:.2f}x the time")
@@ -79,8 +88,6 @@ def bench_attack(table: Table, victims: int = 64, steps: int = 200) -> None:
     if peer.installed() is None:
         table.add_row("the same by breaching", ABSENT, "")
         return
-    theirs(steps, weight, model, seen[:1])()  # its imports, and what it compiles at first
-    single = seconds(theirs(steps, weight, model, seen), repeats=1, warm=False) / steps / victims
     table.add_row(
         f"breaching {peer.installed()}, the same {victims} victims one by one",
         f"{1e3 * single:.2f} ms/victim and step",
