@@ -20,7 +20,8 @@ CLIPS = (ClipUpdate, ClientDP)
 
 def wrong_order(early: Defense, late: Defense) -> str | None:
     """Why ``late`` may not come after ``early``, wherever in between others stand; None where it may."""
-    if isinstance(late, CLIPS) and early.adds_noise:
+    # DP-SGD clips and noises inside the gradient, and its budget outlives whatever is done to the update afterwards
+    if isinstance(late, CLIPS) and early.adds_noise and not isinstance(early, DPSGD):
         return "and would clip the noise with the update, so that neither is what was set: clip first"
     if isinstance(late, ATS) and isinstance(early, MixUp | InstaHide):
         return "and would transform a mixture of images: transform first"
