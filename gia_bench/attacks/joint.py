@@ -109,9 +109,13 @@ def summed(observation: Observation, victim: Victim) -> Observation:
     alike = [e for e in observation.earlier if e.num_examples == observation.num_examples]
     update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
     defense = observation.defense
-    if defense is None or not defense.repays or len(alike) < len(observation.earlier):
+    # a mean of several clients owes something wherever one of them sent nothing
+    if defense is None or not defense.repays or observation.num_clients > 1 or len(alike) < len(observation.earlier):
         defense = None
     else:
-        update = {k: torch.where(observation.update[k] != 0, u, 0) for k, u in update.items()}
+        # the entries that the stand-in lets pass, which may be 0 in the last round and not in the sum
+        ones = {k: torch.ones_like(u) for k, u in update.items()}
+        passed = defense.surrogate(ones, observation)
+        update = {k: torch.where(passed[k] != 0, u, 0) for k, u in update.items()}
     models = [dataclasses.replace(e, update={}, buffers={**published, **e.buffers}, defense=None) for e in alike]
     return dataclasses.replace(observation, update=update, earlier=tuple(models), defense=defense)

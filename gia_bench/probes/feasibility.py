@@ -24,7 +24,9 @@ def feasibility(observation: Observation, victim: Victim) -> dict[str, float]:
     forgets.
     """
     count, local = observation.num_examples, observation.local
-    updates = [observation.update, *(past.update for past in observation.earlier if past.num_examples == count)]
+    repaid = observation.defense is not None and observation.defense.repays  # then the last round's entries alone count
+    earlier = () if repaid else observation.earlier
+    updates = [observation.update, *(past.update for past in earlier if past.num_examples == count)]
     sent = (sum(update[k] != 0 for update in updates) for k in observation.update)
     known = {"equations": float(sum(int(torch.as_tensor(times).count_nonzero()) for times in sent))}
     if count is not None:

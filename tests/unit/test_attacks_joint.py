@@ -16,12 +16,14 @@ from command import SMALL, gia_bench
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.joint import AllRounds, JointRounds, summed
 from gia_bench.attacks.standard import misfit
+from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.top_k import TopK
 from gia_bench.federated.local import FedAvg
 from gia_bench.probes.history import History
 from gia_bench.values import Batch, Observation, Reconstruction, Update
+from gia_bench.wire.aligned import MASK
 
 P = problem(2, batch=2)
 
@@ -73,6 +75,15 @@ def test_who_knows_that_a_defense_repays_finds_exact_sums_where_the_last_round_s
     assert misfit(right, last, P.victim) > 1e-3
 
 
+def test_an_announced_mask_says_where_sums_are_exact_though_the_last_round_sent_zero_there() -> None:
+    first = P.observations[0]
+    shared = {MASK + k: torch.ones_like(v, dtype=torch.bool) for k, v in first.update.items()}
+    silent = {k: torch.zeros_like(v) for k, v in first.update.items()}
+    last = dataclasses.replace(first, update=silent, shared=shared, defense=ADGP(), earlier=(first,))
+    for k, total in summed(last, P.victim).update.items():
+        assert torch.equal(total, first.update[k])
+
+
 @pytest.mark.parametrize("change", [{"enabled": False}, {"decay": 0.9}, {"scale": 0.5}])
 def test_feedback_that_loses_something_repays_nothing(change: dict[str, Any]) -> None:
     own = DGP().error_feedback
@@ -82,6 +93,8 @@ def test_feedback_that_loses_something_repays_nothing(change: dict[str, Any]) ->
     missing = dataclasses.replace(P.observations[0], num_examples=3)
     known = dataclasses.replace(P.observations[0], defense=DGP(), earlier=(missing,))
     assert summed(known, P.victim).defense is None, "a round that is left out is owed something too"
+    mean = dataclasses.replace(known, earlier=(P.observations[0],), num_clients=2)
+    assert summed(mean, P.victim).defense is None
 
 
 def test_without_earlier_rounds_it_is_the_attack_itself() -> None:
