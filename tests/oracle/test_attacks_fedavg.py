@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from attack_problems import problem, psnr_db
+from attack_problems import Problem, problem, psnr_db
 from torch import Tensor, nn
 
 from gia_bench.attacks.distances import Cosine
@@ -242,14 +242,21 @@ def test_victims_and_restarts_of_local_steps_are_what_they_are_alone() -> None:
         assert found.labels is not None and alone.labels is not None and torch.equal(found.labels, alone.labels)
 
 
+def alone(p: Problem, local: FedAvg, *, labels: bool) -> list[Observation]:
+    """What clients of one image each send after their local steps. labels: whether they are shown."""
+    seen = []
+    for x, y in zip(p.images, p.labels, strict=True):
+        update, _ = sent(p.victim, local, Batch(x, y, torch.ones(1, dtype=torch.float64)), 0)
+        shown = y if labels else None
+        seen.append(dataclasses.replace(p.observations[0], update=update, labels=shown, local=local))
+    return seen
+
+
 def test_graddefenses_attacks_rebuild_images_behind_two_local_epochs_which_one_step_cannot() -> None:
     """As in GradDefense's federations: two epochs of one step each. Both attacks know the labels."""
     local = FedAvg(learning_rate=0.03, epochs=2, batch_size=None)
     p = problem(2, width=12, dtype=torch.float64)
-    seen = []
-    for x, y in zip(p.images, p.labels, strict=True):
-        update, _ = sent(p.victim, local, Batch(x, y, torch.ones(1, dtype=torch.float64)), 0)
-        seen.append(dataclasses.replace(p.observations[0], update=update, labels=y, local=local))
+    seen = alone(p, local, labels=True)
     scores, quality = {}, {}
     for replay in (LocalSteps(), OneStep()):
         loss_of = group(p.victim, seen, replay, list(p.labels))
@@ -265,10 +272,7 @@ def test_graddefenses_attacks_rebuild_images_behind_two_local_epochs_which_one_s
 def test_behind_several_local_steps_labels_that_are_not_shown_are_found_with_the_image(labels: str) -> None:
     local = FedAvg(learning_rate=0.03, epochs=3, batch_size=None)
     p = problem(4, width=12, dtype=torch.float64)
-    seen = []
-    for x, y in zip(p.images, p.labels, strict=True):
-        update, _ = sent(p.victim, local, Batch(x, y, torch.ones(1, dtype=torch.float64)), 0)
-        seen.append(dataclasses.replace(p.observations[0], update=update, labels=None, local=local))
+    seen = alone(p, local, labels=False)
     attack = dataclasses.replace(dga(steps=10), labels=labels, replay=LocalSteps())
     found = attack.reconstruct_many(seen, p.victim, seeds=[0, 1, 2, 3])
     right = [torch.equal(torch.as_tensor(r.labels), y) for r, y in zip(found, p.labels, strict=True)]
