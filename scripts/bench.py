@@ -20,6 +20,7 @@ from bench_parts import DEVICE, images, seconds, victim
 from rich.console import Console
 from rich.table import Table
 
+from gia_bench.allocator import keep_freed_memory
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Iid
 from gia_bench.data.source import Dataset
@@ -140,6 +141,7 @@ BENCHES = {
 
 
 def main() -> None:
+    keep_freed_memory()  # as every run does
     names = sys.argv[1:] or list(BENCHES)
     device = (
         torch.cuda.get_device_name()
