@@ -102,7 +102,8 @@ class Observation:
     shared: the defense's announcement; labels: [B] int64; num_examples: B; local: the local work (FedAvg's steps
     and learning rate); defense: its public hyperparameters, for attackers who know the defense; sent_buffers:
     the statistics that the client sent back; public: examples of the same kind that no client holds; num_clients:
-    the updates of how many were averaged, 1 for a client's own; earlier: the same client in earlier attacked rounds.
+    the updates of how many were averaged, 1 for a client's own; earlier: the same client in earlier attacked rounds;
+    unseen: in how many rounds before it took part that are not among them.
     """
 
     params: Params
@@ -117,6 +118,7 @@ class Observation:
     public: Examples | None = None
     num_clients: int = 1
     earlier: tuple[Observation, ...] = ()
+    unseen: int = 0
 
     @property
     def unit(self) -> float:

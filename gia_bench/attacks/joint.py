@@ -13,6 +13,7 @@ from torch import Tensor
 from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.replay import LocalSteps, Replay
 from gia_bench.attacks.scene import Candidate, Scene
+from gia_bench.errors import ConfigError
 from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge
 from gia_bench.values import Batch, Observation, Reconstruction, Update
@@ -60,11 +61,19 @@ class JointRounds(Attack):
 
     An attacker who knows the defense, and that it ``repays`` what it withholds, compares the sums only where the last
     round sent something: there nothing is owed, and the sum is that of the updates, exactly, if he saw all of the
-    client's rounds. Of any other defense no use is made: what stands for one round's pruning does not stand for the sum
-    of many. (gia_bench's own.)
+    client's rounds. Where he did not he compares all entries. Of any other defense no use is made: what stands for one
+    round's pruning does not stand for the sum of many. (gia_bench's own.) Raises ``ConfigError`` for an ``attack`` with
+    constraints: they bound what one round withholds.
     """
 
     attack: Attack
+
+    def __post_init__(self) -> None:
+        if getattr(self.attack, "constraints", None):
+            raise ConfigError(
+                "attack.constraints bound what one round withholds, which says nothing of a sum of rounds; take them "
+                "out of the attack that looks at all rounds."
+            )
 
     @property
     def requires(self) -> Knowledge:
@@ -109,8 +118,9 @@ def summed(observation: Observation, victim: Victim) -> Observation:
     alike = [e for e in observation.earlier if e.num_examples == observation.num_examples]
     update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
     defense = observation.defense
+    gaps = observation.unseen > 0 or len(alike) < len(observation.earlier)
     # a mean of several clients owes something wherever one of them sent nothing
-    if defense is None or not defense.repays or observation.num_clients > 1 or len(alike) < len(observation.earlier):
+    if defense is None or not defense.repays or observation.num_clients > 1 or gaps:
         defense = None
     else:
         # the entries that the stand-in lets pass, which may be 0 in the last round and not in the sum

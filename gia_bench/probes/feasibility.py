@@ -24,7 +24,8 @@ def feasibility(observation: Observation, victim: Victim) -> dict[str, float]:
     forgets.
     """
     count, local = observation.num_examples, observation.local
-    repaid = observation.defense is not None and observation.defense.repays  # then the last round's entries alone count
+    # of exact sums the last round's entries alone count
+    repaid = observation.defense is not None and observation.defense.repays and not observation.unseen
     earlier = () if repaid else observation.earlier
     updates = [observation.update, *(past.update for past in earlier if past.num_examples == count)]
     sent = (sum(update[k] != 0 for update in updates) for k in observation.update)

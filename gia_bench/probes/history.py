@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any, final
 
 from gia_bench.federated.local import LocalWork
@@ -14,10 +15,12 @@ _TENSORS = ("params", "update", "buffers", "shared", "labels", "num_examples", "
 
 @final
 class History:
-    """Observations by client (None: the sum of the cohort), in the order of their rounds."""
+    """Observations by client (None: the sum of the cohort), in the order of their rounds. rounds: in how many each took
+    part so far, attacked or not."""
 
     def __init__(self) -> None:
         self._seen: dict[int | None, dict[int, Observation]] = {}
+        self.rounds: Counter[int] = Counter()
 
     def add(self, client: int | None, round_index: int, observation: Observation) -> None:
         """Keep one; of a round that is played again, the last."""
@@ -26,6 +29,12 @@ class History:
     def before(self, client: int | None, round_index: int) -> tuple[Observation, ...]:
         """The client's observations of earlier rounds."""
         return tuple(o for r, o in sorted(self._seen.get(client, {}).items()) if r < round_index)
+
+    def known_to(self, client: int | None, observation: Observation, round_index: int) -> Observation:
+        """What the attacker holds in this round, with what he saw before and how many rounds he did not see."""
+        earlier = self.before(client, round_index)
+        unseen = 0 if client is None else max(self.rounds[client] - len(earlier), 0)
+        return dataclasses.replace(observation, earlier=earlier, unseen=unseen)
 
     def pack(self) -> list[dict[str, Any]]:
         """Tensors and numbers, for a checkpoint."""

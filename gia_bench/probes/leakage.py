@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
@@ -58,10 +59,11 @@ class LeakageProbe(L.Callback):
         self._history, self._saved = History(), list[dict[str, Any]]()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self._history.pack() or self._saved}
+        return {"history": self._history.pack() or self._saved, "rounds": dict(self._history.rounds)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["history"]
+        self._history.rounds = Counter(state_dict["rounds"])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,6 +89,8 @@ class LeakageProbe(L.Callback):
                 for client, seen in self._observe(report.transcript, batch, pl_module.rules).items():
                     self._history.add(client, report.round_index, seen)
             self.recorder.flush()
+        if self._remembers:
+            self._history.rounds.update(batch.clients)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Only now: until a checkpoint stands behind an attacked round, a resumed run may attack it again."""
@@ -97,8 +101,7 @@ class LeakageProbe(L.Callback):
         round_index, seen = transcript.round_index, self._observe(transcript, cohort, rules)
         if attack.remembers:
             self._history.unpack(self._saved, next(iter(seen.values())), rules.local)
-            earlier = {client: self._history.before(client, round_index) for client in seen}
-            seen = {client: dataclasses.replace(o, earlier=earlier[client]) for client, o in seen.items()}
+            seen = {client: self._history.known_to(client, o, round_index) for client, o in seen.items()}
         empty = [c for c in seen if not sum(cohort.num_examples[m] for m in _behind(c, transcript, cohort))]
         for client in empty:
             self._record_nothing(name, cohort, client, NOBODY)

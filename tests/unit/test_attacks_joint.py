@@ -13,6 +13,7 @@ import torch
 from attack_problems import problem
 from command import SMALL, gia_bench
 
+from gia_bench.attacks.adaptive import Withheld
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.joint import AllRounds, JointRounds, summed
 from gia_bench.attacks.standard import misfit
@@ -20,6 +21,7 @@ from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.top_k import TopK
+from gia_bench.errors import ConfigError
 from gia_bench.federated.local import FedAvg
 from gia_bench.probes.history import History
 from gia_bench.values import Batch, Observation, Reconstruction, Update
@@ -93,8 +95,28 @@ def test_feedback_that_loses_something_repays_nothing(change: dict[str, Any]) ->
     missing = dataclasses.replace(P.observations[0], num_examples=3)
     known = dataclasses.replace(P.observations[0], defense=DGP(), earlier=(missing,))
     assert summed(known, P.victim).defense is None, "a round that is left out is owed something too"
-    mean = dataclasses.replace(known, earlier=(P.observations[0],), num_clients=2)
-    assert summed(mean, P.victim).defense is None
+    whole = dataclasses.replace(known, earlier=(P.observations[0],))
+    assert summed(whole, P.victim).defense is not None
+    assert summed(dataclasses.replace(whole, num_clients=2), P.victim).defense is None
+    assert summed(dataclasses.replace(whole, unseen=1), P.victim).defense is None, "so is one that nobody looked at"
+
+
+def test_bounds_of_one_round_are_refused_for_sums() -> None:
+    attack = dataclasses.replace(inverting_gradients(steps=3), constraints={"withheld": Withheld(relative=True)})
+    with pytest.raises(ConfigError, match="bound what one round withholds"):
+        JointRounds(attack=attack)
+
+
+def test_rounds_that_nobody_looked_at_are_counted() -> None:
+    history, o = History(), P.observations[0]
+    history.rounds.update({0: 3, 1: 1})
+    history.add(0, 0, o)
+    history.add(0, 2, o)
+    history.add(1, 0, o)
+    known = {client: history.known_to(client, o, 3) for client in (0, 1, 2, None)}
+    assert {client: (len(o.earlier), o.unseen) for client, o in known.items()} == {
+        0: (2, 1), 1: (1, 0), 2: (0, 0), None: (0, 0),
+    }  # fmt: skip
 
 
 def test_without_earlier_rounds_it_is_the_attack_itself() -> None:
@@ -153,10 +175,12 @@ def test_what_was_seen_survives_a_checkpoint() -> None:
     assert second.before(0, 3) == second.before(0, 2)
 
 
-def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threat", ["curious_server", "adaptive"])
+def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(threat: str, tmp_path: Path) -> None:
+    """Round 1 is not attacked, so that he who knows the defense has no exact sums and takes all entries too."""
     settings: list[Any] = [
         *SMALL, "attack=[inverting_gradients_joint]", "attack.inverting_gradients_joint.attack.steps=2",
-        "fl.attack_rounds=[0,2]", "fl.local.batch_size=null", "partition.samples_per_client=2",
+        f"threat={threat}", "fl.attack_rounds=[0,2]", "fl.local.batch_size=null", "partition.samples_per_client=2",
     ]  # fmt: skip
     done = gia_bench(tmp_path, *[s for s in settings if "inverting_gradients_fast" not in s])
     assert done.status == 0, done.err
