@@ -164,7 +164,8 @@ def check_generator(generator: Generator, victim: Victim) -> str | None:
     if made != victim.input_shape:
         return (
             f"the generator makes images of shape {list(made)} and the model takes {list(victim.input_shape)}: train "
-            "one with gia-bench-prior on the same dataset (and dataset.size), or resize the dataset."
+            "one with gia-bench-prior on the same dataset (and dataset.size), resize the dataset, or set "
+            "generator.image_size where the generator is your own."
         )
     if generator.num_classes not in (None, victim.num_classes):
         return (

@@ -21,6 +21,7 @@ class Generator:
     """module: from latents [N, *latent_shape], drawn from a standard normal, to images [N, C, H, W] in output_range; it
     is used in evaluation mode, so that images do not depend on each other. num_classes: of the labels it is told, as
     probabilities [N, num_classes], its second argument; None: it is told none. fingerprint: of the file's content.
+    image_size: (H, W) to which its images are resampled (bilinear, antialiased); None: they stay as it makes them.
 
     Where it can be cut into layers (an ``nn.Sequential``, or a module whose attribute ``layers`` holds them in order),
     attacks may search between them. The first one takes latents and labels side by side.
@@ -33,6 +34,7 @@ class Generator:
     output_range: tuple[float, float]
     num_classes: int | None
     fingerprint: str
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.output_range
@@ -40,6 +42,8 @@ class Generator:
             raise ConfigError(f"generator.output_range={[low, high]}: give the lowest value, then the highest.")
         if not self.latent_shape or min(self.latent_shape) < 1:
             raise ConfigError(f"generator.latent_shape={list(self.latent_shape)}: give sizes of at least 1.")
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ConfigError(f"generator.image_size={list(self.image_size)}: give a height and a width, or null.")
         self.module.eval()
         for parameter in self.module.parameters():  # requires_grad_ of a TorchScript module is refused
             parameter.requires_grad_(False)
@@ -84,7 +88,9 @@ class Generator:
             made = self.module(*self._arguments(latents, classes))
         low, high = self.output_range
         unit: Tensor = made if (low, high) == (0, 1) else (made - low) / (high - low)
-        return unit
+        if self.image_size is None:
+            return unit
+        return nn.functional.interpolate(unit, self.image_size, mode="bilinear", antialias=True)
 
     def features(self, before: Tensor, classes: Tensor, layer: int) -> Tensor:
         """What ``layer`` (from 0) makes of what is before it: of latents [N, *latent_shape], or of features."""

@@ -68,13 +68,15 @@ class TorchScript:
     """A file of ``torch.jit.save``: any network, without its source. Loading it RUNS THE CODE in it.
 
     latent_shape: of one latent, drawn from a standard normal; output_range: lowest and highest pixel; num_classes: of
-    the labels [N, num_classes] it takes as its second argument, None: it takes none.
+    the labels [N, num_classes] it takes as its second argument, None: it takes none; image_size: [H, W] of the model's
+    images, where it makes others (BigGAN's 128 or 256 pixels), None: it makes these.
     """
 
     path: str
     latent_shape: Sequence[int]
     output_range: Sequence[float]
     num_classes: int | None
+    image_size: Sequence[int] | None = None
 
     def load(self) -> Generator:
         """Raises ``DataError`` for a file that is absent or not TorchScript."""
@@ -89,7 +91,7 @@ class TorchScript:
                 f"generator.path: {path} is corrupt, or no TorchScript file ({type(error).__name__}); save it again "
                 "with torch.jit.save."
             ) from error
-        return _generator(module, self.latent_shape, self.output_range, self.num_classes, path)
+        return _generator(module, self, path)
 
 
 @final
@@ -105,6 +107,7 @@ class StateDict:
     output_range: Sequence[float]
     num_classes: int | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    image_size: Sequence[int] | None = None
 
     def load(self) -> Generator:
         """Raises ``ConfigError`` for a class that cannot be made, and ``DataError`` for weights that do not fit it."""
@@ -119,7 +122,7 @@ class StateDict:
             load_checkpoint(module, path)
         except DataError as error:
             raise DataError(str(error).replace("model.checkpoint", "generator.path")) from error
-        return _generator(module, self.latent_shape, self.output_range, self.num_classes, path)
+        return _generator(module, self, path)
 
 
 def content_of(generator: Dcgan, config: Mapping[str, Any], trained_on: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,17 +135,17 @@ def content_of(generator: Dcgan, config: Mapping[str, Any], trained_on: Mapping[
     }
 
 
-def _generator(
-    module: nn.Module, latent_shape: Sequence[int], output_range: Sequence[float], classes: int | None, path: Path
-) -> Generator:
-    if len(output_range) != 2:
-        raise ConfigError(f"generator.output_range={list(output_range)}: give the lowest value and the highest.")
+def _generator(module: nn.Module, described: TorchScript | StateDict, path: Path) -> Generator:
+    bounds, size = described.output_range, described.image_size
+    if len(bounds) != 2:
+        raise ConfigError(f"generator.output_range={list(bounds)}: give the lowest value and the highest.")
     return Generator(
         module=module,
-        latent_shape=tuple(latent_shape),
-        output_range=(float(output_range[0]), float(output_range[1])),
-        num_classes=classes,
+        latent_shape=tuple(described.latent_shape),
+        output_range=(float(bounds[0]), float(bounds[1])),
+        num_classes=described.num_classes,
         fingerprint=_fingerprint(path),
+        image_size=None if size is None else tuple(size),  # type: ignore[arg-type]  # its length is checked there
     )
 
 

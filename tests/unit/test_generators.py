@@ -12,11 +12,12 @@ import torch
 from attack_problems import problem
 from command import SMALL, gia_bench
 from command import run as command
-from generator_problems import LATENT, Held, dcgan, saved
+from generator_problems import LATENT, Held, config_of, dcgan, saved
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torchvision.transforms.functional import resize
 
 from gia_bench.attacks.ggl import GGL
 from gia_bench.attacks.gias import GIAS
@@ -84,6 +85,28 @@ def test_torchscript_and_state_dicts_of_other_classes_are_read_and_scaled_to_uni
         GGL(generator=source).check_victim(problem(1).victim)
         wide = read.like(torch.zeros(1, dtype=torch.float64))
         assert wide.images(latents.double(), torch.zeros(3, 4)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 12)])
+def test_images_of_another_size_are_resampled_and_searched_by_every_attack(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    """torchvision's resize is the oracle; a gradient passes through it, for one generator and for one per victim."""
+    torch.save(dcgan(classes=None).state_dict(), tmp_path / "weights.pt")
+    known: dict[str, Any] = {"latent_shape": [LATENT], "output_range": [0, 1], "num_classes": None}
+    source = StateDict(
+        path=str(tmp_path / "weights.pt"), network="gia_bench.generators.dcgan.Dcgan", image_size=list(size),
+        arguments=config_of(dcgan(classes=None)), **known,
+    )  # fmt: skip
+    latents, classes = torch.randn(3, LATENT), torch.zeros(3, 4)
+    made = dataclasses.replace(source, image_size=None).load().images(latents, classes)
+    torch.testing.assert_close(source.load().images(latents, classes), resize(made, list(size), antialias=True))
+    p = problem(2, shape=(1, *size))
+    for attack in (GIAS(generator=source, steps=2, tuning_steps=2), GIFD(generator=source, steps=2, restarts=1)):
+        found = attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
+        assert all(r.inputs.shape[-2:] == size and r.failure is None for r in found)
+    with pytest.raises(ConfigError, match="give a height and a width"):
+        dataclasses.replace(source, image_size=[4]).load()
 
 
 def script(module: nn.Module, path: Path) -> None:
