@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from gia_bench.attacks.base import Snapshots
 from gia_bench.attacks.checks import check
+from gia_bench.attacks.telling import Telling
+
+log = logging.getLogger(__name__)
 
 Losses = Callable[[Tensor], Tensor]
 """Points [V, T, P, D] -> losses [V, T, P]."""
@@ -64,6 +68,7 @@ class Evolution:
         alive = np.ones((V, T), dtype=bool)
         packed = snapshots.load(key)
         told = [] if packed is None else list(packed["losses"].double().numpy())
+        telling = Telling()
         for generation in range(self.generations):
             points = np.broadcast_to(begin[:, :, None], (V, T, self.population, D)).copy()
             for v, t in zip(*np.nonzero(alive), strict=True):
@@ -76,6 +81,11 @@ class Evolution:
             new = packed is None or generation >= len(packed["losses"])
             if new and ((generation + 1) % snapshot_every == 0 or generation + 1 == self.generations):
                 snapshots.save(key, {"losses": torch.from_numpy(np.stack(told))})
+            if telling.due():
+                log.info(
+                    "generation %d of %d: the lowest loss so far is %.3g in the median",
+                    generation + 1, self.generations, np.median(best_loss),
+                )  # fmt: skip
         return torch.from_numpy(best).to(means), torch.from_numpy(best_loss).to(means)
 
     def _tell(

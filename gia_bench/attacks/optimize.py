@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -18,12 +17,10 @@ from torch import Tensor
 from gia_bench.attacks.base import Snapshots
 from gia_bench.attacks.optimizers import Evaluate, Moment, Optimizer, Variables
 from gia_bench.attacks.schedules import Schedule
+from gia_bench.attacks.telling import Telling
 from gia_bench.values import State
 
 log = logging.getLogger(__name__)
-
-TELL_EVERY = 30.0
-"""Seconds between two lines about a search that goes on."""
 
 
 @final
@@ -94,15 +91,14 @@ class Search:
         some = next(iter(start.values()))
         packed = snapshots.load(key)
         now = self._begin(start) if packed is None else Progress.unpack(packed, some.device)
-        told = time.monotonic()
+        telling = Telling()
         while now.step < self.steps:
             now = self._advance(now)
             if now.step % self.snapshot_every == 0 or now.step == self.steps:
                 snapshots.save(key, now.pack())
                 if bool(now.frozen.all()):
                     break
-                if time.monotonic() - told >= TELL_EVERY:
-                    told = time.monotonic()
+                if telling.due():
                     log.info(
                         "step %d of %d: the lowest loss so far is %.3g in the median, %d of %d candidates are at rest",
                         now.step, self.steps, now.best_loss.median(), now.frozen.sum(), now.frozen.numel(),

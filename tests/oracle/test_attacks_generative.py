@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cmaes import CMA
 from generator_problems import LATENT, Held, dcgan, in_range, resent
 from torch import Tensor, nn
 
+from gia_bench.attacks import telling
 from gia_bench.attacks.arithmetic import Arithmetic
 from gia_bench.attacks.base import FORGET
 from gia_bench.attacks.distances import Cosine
@@ -308,6 +310,16 @@ def test_a_strategy_goes_on_where_some_points_have_no_loss_and_rests_where_none_
     assert loss[0, 0] < 1e-2
     assert loss[1, 0] == torch.inf
     assert torch.equal(best[1, 0], torch.ones(2, dtype=torch.float64))
+
+
+def test_a_long_evolution_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "TELL_EVERY", 0.0)
+    with caplog.at_level(logging.INFO, logger=Evolution.__module__):
+        Evolution(generations=2, population=4).minimise(
+            lambda points: points.square().sum(-1), torch.zeros(1, 1, 2), [[1]], FORGET, "key", 5
+        )
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == ["generation 1 of 2", "generation 2 of 2"]
 
 
 def test_the_projection_on_an_l1_ball_is_the_nearest_point_of_it() -> None:

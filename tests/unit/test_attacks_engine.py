@@ -10,7 +10,7 @@ import torch
 from attack_problems import Memory, double_backward_loss, problem
 from torch import Tensor
 
-from gia_bench.attacks import optimize
+from gia_bench.attacks import optimize, telling
 from gia_bench.attacks.distances import Euclidean
 from gia_bench.attacks.dlg import dlg
 from gia_bench.attacks.idlg import idlg
@@ -164,7 +164,7 @@ def test_a_long_search_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monk
     with caplog.at_level(logging.INFO, logger=optimize.__name__):
         attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
         assert not caplog.records, "a short one says nothing"
-        monkeypatch.setattr(optimize, "TELL_EVERY", 0.0)
+        monkeypatch.setattr(telling, "TELL_EVERY", 0.0)
         attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
     said = [record.getMessage() for record in caplog.records]
     assert [line.partition(":")[0] for line in said] == ["step 4 of 9", "step 8 of 9", "step 9 of 9"]
