@@ -1,9 +1,10 @@
-"""Every defense with every threat, protocol and family of models, composed from conf/ as a command line composes it.
+"""Every defense with every threat, protocol, aggregation and family of models, composed from conf/ as a command line
+composes it.
 
-Each defense is built by ``config.build``, with either protocol and a model of each family, on the embedded digits. What
-builds is held against every threat with every attack of conf/, by the functions that ``build`` calls for them: every
-threat is built too, with either protocol, a model of each family and attacks in turn, and says the same. What is
-refused is refused with a sentence that names a way out. Rounds are played in ``test_combinations``.
+Each defense is built by ``config.build``, with either protocol and aggregation and a model of each family, on the
+embedded digits. What builds is held against every threat with every attack of conf/, by the functions that ``build``
+calls for them: every threat is built too, with either protocol, a model of each family and attacks in turn, and says
+the same. What is refused is refused with a sentence that names a way out. Rounds are played in ``test_combinations``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     # it ends in a convolution, and takes images from 17 pixels
     "headless": ("model=torchvision", "model.network.name=squeezenet1_1", "dataset.size=32"),
 }
+AGGREGATIONS = ("plain", "secure")
 COMBINATIONS = tuple(itertools.product(PROTOCOLS, FAMILIES))
 SENTENCE = re.compile(r"\S+( \S+){7,}")
 WAY_OUT = re.compile(r"\b(choose|take|set|give|train|leave|lower|raise) ", re.IGNORECASE)
@@ -138,16 +140,19 @@ def loaded_once() -> Iterator[None]:
 
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_a_defense_is_built_for_every_protocol_family_and_threat_or_is_skipped_with_a_sentence(defense: str) -> None:
-    attacked = set()
-    for protocol, family in COMBINATIONS:
+    attacked: dict[str, set[str]] = {aggregation: set() for aggregation in AGGREGATIONS}
+    for (protocol, family), aggregation in itertools.product(COMBINATIONS, AGGREGATIONS):
         # every setting is a default, so that what is refused is the combination, which a sweep skips
-        experiment = asked(partial(built, protocol, family, defense=defense), IncompatibleError)
+        question = partial(built, protocol, family, defense=defense, aggregation=aggregation)
+        experiment = asked(question, IncompatibleError)
         if isinstance(experiment, str):
             continue
         for threat, attack in itertools.product(THREATS, ATTACKS):
             if asked(partial(hold, experiment, threat_of(threat), attack)) is None:
-                attacked.add(threat)
-    assert attacked == set(THREATS), "never built, or a threat under which nothing attacks it"
+                attacked[aggregation].add(threat)
+    assert attacked["plain"] == set(THREATS), "never built, or a threat under which nothing attacks it"
+    hidden = {t for t in THREATS if not threat_of(t).sees_clients}
+    assert attacked["secure"] == hidden, "behind masks no client's update is seen"
 
 
 @pytest.mark.parametrize("threat", THREATS)
