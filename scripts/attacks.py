@@ -11,6 +11,7 @@ Malicious servers, generators, learned inverters and label inference have measur
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,10 @@ from typing import NamedTuple
 STEPS = {
     "dlg": 50, "dlg_one_at_a_time": 50, "idlg": 50, "cpl": 50, "dga": 50, "dga_muted": 50,
     "inverting_gradients": 2400, "inverting_gradients_adaptive": 2400, "gia": 2400, "gia_muted": 2400, "sgi": 2400,
-    "gradinversion": 2400, "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400,
+    "gradinversion": 2400, "gradinversion_dgp_paper": 2400, "inverting_gradients_dgp_paper": 12000,
+    "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400,
 }  # fmt: skip
-"""Outer L-BFGS steps (20 evaluations each), or Adam steps."""
+"""Outer L-BFGS steps (20 evaluations each), or Adam steps; those of the DGP authors' Inverting Gradients are all."""
 
 ANY_BATCH = ("dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", "gia", "gradinversion")
 ONE = ("dlg", "idlg", "cpl", "dga", "dga_muted", "inverting_gradients", "gia", "gia_muted", "sgi")
@@ -43,13 +45,24 @@ def closed_forms() -> Iterator[list[str]]:
 
 def defended() -> Iterator[list[str]]:
     """Every attack that one image and one round suffice for, without a defense and under Top-k and DGP, by attackers
-    who do not know the defense and by such who do. (GradInversion has a network with BatchNorm of its own.)"""
+    who do not know the defense and by such who do. (GradInversion's own weights fit no network of this size.)"""
     for threat, more in (("curious_server_labels", ()), ("adaptive_labels", ("inverting_gradients_adaptive",))):
         for defense in ("none", "top_k", "dgp"):
             words = [f"threat={threat}", f"defense={defense}"]
             yield [*words, *launch(*ONE, *more)]
             # closed forms make no use of the defense
             yield from ([*words, *closed] for closed in closed_forms() if not more)
+
+
+def presets() -> Iterator[list[str]]:
+    """The settings of the authors of DGP, and GradInversion with its gradient weighed 1,000 times: with its own weight,
+    for a ResNet-50, it does not look at the update of this network at all."""
+    weighed = ("gradinversion", "gradinversion_dgp_paper")
+    for threat, defense in itertools.product(("curious_server_labels", "adaptive_labels"), ("none", "top_k", "dgp")):
+        yield [
+            f"threat={threat}", f"defense={defense}", *launch("inverting_gradients_dgp_paper", *weighed),
+            *(f"attack.{attack}.distance.factor=0.05" for attack in weighed),
+        ]  # fmt: skip
 
 
 def batches() -> Iterator[list[str]]:
@@ -85,11 +98,17 @@ def batch_norm() -> Iterator[list[str]]:
 
 
 def fedavg() -> Iterator[list[str]]:
-    """Weight updates of several local steps: of one image, of four, and of four in an order that nobody knows."""
+    """Weight updates of several local steps: of one image, of four, and of four in an order that nobody knows; those of
+    one image under Top-k and DGP too."""
+    work = (("none", 1, 1, 5), ("none", 4, 4, 5), ("none", 4, 2, 2), ("top_k", 1, 1, 5), ("dgp", 1, 1, 5))
+    threats = ("curious_server_labels", "adaptive_labels")
     attacks = ("inverting_gradients", "inverting_gradients_fedavg", "inverting_gradients_fedavg_epochs")
-    for examples, batch_size, epochs in ((1, 1, 5), (4, 4, 5), (4, 2, 2)):
+    for (defense, examples, batch_size, epochs), threat in itertools.product(work, threats):
+        if defense == "none" and threat == "adaptive_labels":  # there is nothing to know
+            continue
         yield [
-            "fl=fedavg", "fl.rounds=1", "fl.eval_every=1", "fl.attack_rounds=[0]", "fl.attack_clients=20",
+            f"threat={threat}", f"defense={defense}", "fl=fedavg",
+            "fl.rounds=1", "fl.eval_every=1", "fl.attack_rounds=[0]", "fl.attack_clients=20",
             f"partition.samples_per_client={examples}", f"fl.local.batch_size={batch_size}",
             f"fl.local.epochs={epochs}", "fl.local.learning_rate=0.01",
             # as many steps of an update that costs up to five times as much
@@ -107,6 +126,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "defended": Part(defended),
+    "presets": Part(presets),
     "batches": Part(batches, ["fl.local.batch_size"]),
     "trained": Part(trained, ["round"]),
     "residual": Part(residual, ["model.checkpoint"]),
