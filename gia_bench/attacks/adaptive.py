@@ -75,7 +75,8 @@ class Informed(Protocol):
 class Likelihood:
     """factor * minus the log density of the noise that would explain the difference, in nats, up to a constant.
 
-    Gaussian noise: squares / (2 sigma^2); Laplace noise: magnitudes / b, by the variance that the defense publishes.
+    Gaussian noise: squares / (2 sigma^2); Laplace noise: magnitudes / b, by the variance that the defense publishes;
+    stochastic rounding: the probability of the multiple that was sent.
     With priors that are minus log densities (times ``factor``) too, the lowest loss is the most probable image; with
     ``factor`` a total variation of the usual weight is such a prior. A defense without noise, or one that is not shown,
     is met with the distance ``otherwise``. factor: gia_bench choice.
@@ -94,7 +95,8 @@ class Likelihood:
             return self.otherwise
 
         def surprise(dummy: Update, observed: Update) -> Tensor:
-            return self.factor * law.surprise({k: unit * (dummy[k] - observed[k]) for k in observed})
+            own, seen = ({k: unit * update[k] for k in observed} for update in (dummy, observed))
+            return self.factor * law.surprise(own, seen)
 
         return surprise
 

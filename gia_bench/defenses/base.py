@@ -41,10 +41,11 @@ class Client(NamedTuple):
 
 
 class NoiseLaw(Protocol):
-    """The noise that a defense adds to every entry of an update; only its size is public."""
+    """What chance does to every entry of an update; its law is public, and what it did is not."""
 
-    def surprise(self, residual: Update) -> Tensor:
-        """Minus the log density of ``residual`` as noise, in nats, up to a constant: a scalar, 0 for no residual."""
+    def surprise(self, dummy: Update, observed: Update) -> Tensor:
+        """Minus the log density of ``observed`` where ``dummy`` was to be sent, in nats, up to a constant: a scalar, 0
+        where they agree. Differentiable in ``dummy``; runs under ``vmap``."""
         ...
 
 

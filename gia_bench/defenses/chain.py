@@ -239,9 +239,9 @@ class Chain(Defense):
         return any(stage.adds_noise for stage in self.parts)
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """The last stage's, where no other one adds noise."""
+        """The last stage's, where no other one leaves anything to chance."""
         *before, (place, last) = self._acting
-        if any(stage.adds_noise for _, stage in before):
+        if any(stage.adds_noise or stage.noise_law() is not None for _, stage in before):
             return None
         return last.noise_law(None if observation is None else self._seen_by(place, observation))
 

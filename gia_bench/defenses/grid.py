@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -37,6 +39,44 @@ def on_grid(u: Tensor, unit: Tensor, levels: int, uniform: Tensor | None) -> Ten
     whole = multiples.round() if uniform is None else (multiples + uniform.to(u.device, u.dtype)).floor()
     # adding 0 turns -0.0 into 0.0
     return (whole.clamp(-levels, levels) + 0.0) * unit
+
+
+@final
+@dataclass(frozen=True)
+class ByChance:
+    """The law of stochastic rounding: v becomes the multiple m of a unit with probability 1 - |v - m| / unit.
+
+    The unit is read off what was sent. top: the multiple to which the largest magnitude belongs (None: the smallest one
+    above 0 is the unit, or a whole multiple of it where no entry was rounded to one unit); shared: one unit for all
+    tensors. Beyond ``EDGE`` of a unit, where the probability goes to 0, the surprise goes on along its tangent, so that
+    guesses far away have a slope (gia_bench choice).
+    """
+
+    top: int | None = None
+    shared: bool = False
+
+    def surprise(self, dummy: Update, observed: Update) -> Tensor:
+        """The sum of -log(1 - |v - m| / unit); a tensor of which nothing but zeros was sent says nothing."""
+        units = {k: self._unit(o) for k, o in observed.items() if o.numel()}
+        if self.shared:
+            known = torch.stack([*units.values()])
+            largest = torch.where(known < torch.inf, known, 0).amax()
+            one = known.amin() if self.top is None else torch.where(largest > 0, largest, torch.inf)
+            units = dict.fromkeys(units, one)
+        away = torch.cat([((dummy[k] - observed[k]).abs() / unit).flatten() for k, unit in units.items()])
+        inside = -torch.log1p(-away.clamp(max=EDGE))
+        return (inside + (away - EDGE).clamp(min=0) / (1 - EDGE)).sum()
+
+    def _unit(self, sent: Tensor) -> Tensor:
+        """Infinite where nothing but zeros was sent."""
+        sizes = sent.abs()
+        if self.top is not None:
+            largest = sizes.amax()
+            return torch.where(largest > 0, largest / self.top, torch.inf)
+        return torch.where(sizes > 0, sizes, torch.inf).amin()
+
+
+EDGE = 0.95
 
 
 def straight_through(update: Update, rounding: Callable[[Update], Update]) -> Update:

@@ -98,9 +98,10 @@ class Gaussian:
 
     sigma: float
 
-    def surprise(self, residual: Update) -> Tensor:
-        """Squares / (2 sigma^2)."""
-        return torch.stack([r.square().sum() for r in residual.values()]).sum() / (2 * self.sigma**2)
+    def surprise(self, dummy: Update, observed: Update) -> Tensor:
+        """Squared differences / (2 sigma^2)."""
+        squares = [(dummy[k] - o).square().sum() for k, o in observed.items()]
+        return torch.stack(squares).sum() / (2 * self.sigma**2)
 
 
 @final
@@ -108,8 +109,9 @@ class Gaussian:
 class _Laplace:
     b: float
 
-    def surprise(self, residual: Update) -> Tensor:
-        return torch.stack([r.abs().sum() for r in residual.values()]).sum() / self.b
+    def surprise(self, dummy: Update, observed: Update) -> Tensor:
+        """Differences / b."""
+        return torch.stack([(dummy[k] - o).abs().sum() for k, o in observed.items()]).sum() / self.b
 
 
 def averaged(observation: Observation | None) -> int:

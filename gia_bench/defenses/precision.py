@@ -7,9 +7,10 @@ from typing import final
 
 import torch
 
-from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import on_grid, straight_through, unit_above
+from gia_bench.defenses.grid import ByChance, on_grid, straight_through, unit_above
+from gia_bench.defenses.noise import averaged
 from gia_bench.defenses.selection import check_scope
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
@@ -80,6 +81,16 @@ class Int8(Defense):
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Stochastic rounding's uniform numbers in [0, 1), float32 on the CPU, by parameter name; else nothing."""
         return uniform(like, generator) if self.rounding == "stochastic" else {}
+
+    @property
+    def adds_noise(self) -> bool:
+        """No: what was rounded may still be clipped."""
+        return False
+
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
+        """That of stochastic rounding; of a mean over clients, and of rounding to the nearest, none."""
+        by_chance = self.rounding == "stochastic" and averaged(observation) == 1
+        return ByChance(INT8_LEVELS, shared=self.scope == "global") if by_chance else None
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

@@ -7,10 +7,11 @@ from typing import final
 
 import torch
 
-from gia_bench.defenses.base import Client, Defense
+from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import euclidean, on_grid, straight_through, unit_above
+from gia_bench.defenses.grid import ByChance, euclidean, on_grid, straight_through, unit_above
+from gia_bench.defenses.noise import averaged
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import Codec, Codes, Narrow, Signs
@@ -25,7 +26,7 @@ class QSGD(Defense):
 
     levels: the paper's s, 1 to 127; an entry travels in ceil(log2(2 levels + 1)) bits (the paper's Elias code is not
     used), and each tensor's unit beside them. One bucket per tensor is a gia_bench choice; the unit is that of
-    ``grid.unit_above``. The attacker's surrogate is the update itself, which it is in the mean.
+    ``grid.unit_above``. The attacker's surrogate is the update itself, which it is in the mean, and chance has its law.
     """
 
     levels: int = 7
@@ -41,6 +42,15 @@ class QSGD(Defense):
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Uniform numbers in [0, 1), float32 on the CPU, by parameter name."""
         return uniform(like, generator)
+
+    @property
+    def adds_noise(self) -> bool:
+        """No: what was rounded may still be clipped."""
+        return False
+
+    def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
+        """That of stochastic rounding; of a mean over clients, none."""
+        return ByChance() if averaged(observation) == 1 else None
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

@@ -44,5 +44,5 @@ def test_its_gradient_is_that_of_the_update_itself_under_vmap_too(defense: Defen
 def test_the_noise_of_client_level_privacy_is_public() -> None:
     law = ClientDP(max_norm=2.0, noise_multiplier=0.5).noise_law()
     assert law is not None
-    assert float(law.surprise({"w": torch.ones(3)})) == pytest.approx(3 / 2)
+    assert float(law.surprise({"w": torch.ones(3)}, {"w": torch.zeros(3)})) == pytest.approx(3 / 2)
     assert ClientDP(noise_multiplier=0.0).noise_law() is None

@@ -21,8 +21,11 @@ from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.chain import Chain
 from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dgp import DGP
+from gia_bench.defenses.grid import ByChance
 from gia_bench.defenses.noise import GaussianNoise, LaplaceNoise
 from gia_bench.defenses.none import NoDefense
+from gia_bench.defenses.precision import Int8
+from gia_bench.defenses.quantize import QSGD
 from gia_bench.defenses.top_k import TopK
 from gia_bench.federated.local import FedAvg
 from gia_bench.seeding import stream
@@ -149,13 +152,55 @@ def test_the_likelihood_is_the_noises_density(defense: Defense) -> None:
     assert law is not None
     family = stats.laplace(scale=0.3) if isinstance(defense, LaplaceNoise) else stats.norm(scale=defense.sigma)  # type: ignore[attr-defined]
     expected = sum(float(np.sum(family.logpdf(0) - family.logpdf(v.numpy()))) for v in a.values())
-    assert float(law.surprise(a)) == pytest.approx(expected)
+    nothing = {k: torch.zeros_like(v) for k, v in a.items()}
+    assert float(law.surprise(a, nothing)) == pytest.approx(expected)
     seen = Observation(params={}, update=b, defense=defense)
     distance = Likelihood(otherwise=Cosine(), factor=0.1).informed(seen, 2.0)
-    apart = {k: a[k] - b[k] for k in a}
     halved = [{k: v / 2 for k, v in u.items()} for u in (a, b)]
-    assert float(distance(*halved)) == pytest.approx(0.1 * float(law.surprise(apart)))
+    assert float(distance(*halved)) == pytest.approx(0.1 * float(law.surprise(a, b)))
     assert float(distance(a, a)) == 0
+
+
+BY_CHANCE = (QSGD(levels=3), Int8(rounding="stochastic"), Int8(rounding="stochastic", scope="global"))
+
+
+@pytest.mark.parametrize("defense", BY_CHANCE, ids=repr)
+def test_the_likelihood_of_stochastic_rounding_is_how_often_it_happens(defense: Defense) -> None:
+    """One update sent 2,000 times: its entries' outcomes are as often as the law says, which sees one update."""
+    update = {"w": torch.linspace(-1, 1, 30), "v": 0.1 * torch.linspace(-1, 1, 20).sin().view(4, 5)}
+    law = defense.noise_law()
+    assert law is not None
+    sent = [protected(defense, update, seed=i).update for i in range(2000)]
+    compared = 0
+    for name, i in (("w", 3), ("w", 12), ("w", 20), ("v", 5), ("v", 13)):
+        outcomes = torch.stack([s[name].flatten()[i] for s in sent])
+        for outcome in outcomes.unique():
+            often = float((outcomes == outcome).float().mean())
+            if often < 0.1:  # near the edge of the law
+                continue
+            example = next(s for s in sent if s[name].flatten()[i] == outcome)
+            own = {k: v.clone() for k, v in example.items()}  # all other entries as they were sent
+            own[name].flatten()[i] = update[name].flatten()[i]
+            assert math.exp(-float(law.surprise(own, example))) == pytest.approx(often, abs=0.04)
+            compared += 1
+    assert compared >= 5
+
+
+def test_stochastic_rounding_is_surprising_beyond_its_unit_and_silent_of_nothing() -> None:
+    law = QSGD().noise_law()
+    assert law is not None
+    sent = {"w": torch.tensor([0.5, 0.0, -1.0]), "nothing": torch.zeros(2), "empty": torch.zeros(0)}
+    far = torch.tensor(3.0, requires_grad=True)
+    surprise = law.surprise(sent | {"w": torch.stack([far, *sent["w"][1:]])}, sent)
+    surprise.backward()
+    assert surprise.item() > -math.log(0.05)
+    assert far.grad is not None and float(far.grad) == pytest.approx(20 / 0.5)
+    assert float(law.surprise(sent | {"nothing": torch.ones(2)}, sent)) == 0
+    assert float(ByChance(127, shared=True).surprise(sent, sent)) == 0
+    mean = Observation(params={}, update=sent, num_clients=2)
+    assert QSGD().noise_law(mean) is None and Int8().noise_law() is None
+    assert Chain(stages={"a": QSGD(), "b": Int8(rounding="stochastic")}).noise_law() is None
+    assert Chain(stages={"a": DGP(), "b": QSGD()}).noise_law() == law
 
 
 def test_a_likelihood_without_known_noise_is_the_other_distance() -> None:
