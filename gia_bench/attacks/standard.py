@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from gia_bench.attacks.base import FORGET, Apart, Attack, Snapshots
 from gia_bench.attacks.distances import Cosine, Distance
@@ -18,7 +19,7 @@ from gia_bench.attacks.scene import Scene
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge
-from gia_bench.values import Batch, Observation, Reconstruction
+from gia_bench.values import Batch, Observation, Reconstruction, Update
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ class Standard(Attack):
     members: by name; version: of the list and its settings, raised whenever one changes, so that numbers are compared
     within one version. The score is one for all members, since their own losses have no common unit: the cosine
     distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it is
-    known) and the observed one. No truth is in it. What choosing by truth would have given is recorded as ``oracle_``.
+    known) and the observed one; of a defense that is known to add noise, or to round by chance, how far the surprise at
+    what was observed is from its mean, since the closest update is closest to the noise too. No truth is in it. What
+    choosing by truth would have given is recorded as ``oracle_``.
 
     A member that needs what the threat model does not show, or cannot take the model, the update or the number of
     examples, is left out. Raises ``IncompatibleError`` where none is left, ``ConfigError`` for a member that needs a
@@ -125,7 +128,8 @@ def misfit(
     distance: Distance = COSINE,
     replay: Replay = STEPS,
 ) -> float:
-    """How badly a reconstruction explains the observed update; infinite where there is none. Sees no truth."""
+    """How badly a reconstruction explains the observed update, by ``distance``, or where chance has a known law by how
+    far it is from explaining just what it can; infinite where there is none. Sees no truth."""
     if rebuilt.failure is not None or not bool(rebuilt.inputs.isfinite().all()):
         return float("inf")
     like = next(iter(observation.params.values()))
@@ -137,8 +141,19 @@ def misfit(
     update = replay.update(Batch(images, labels.to(like.device), images.new_ones(len(images))), Scene(victim, seen))
     if observation.defense is not None:
         update = observation.defense.surrogate(update, observation)
-    value = float(distance(update, observation.update))
-    return value if value == value else float("inf")
+    apart = _discrepancy(update, observation)
+    value = distance(update, observation.update) if apart is None else apart
+    return float(value.nan_to_num(torch.inf))
+
+
+def _discrepancy(dummy: Update, observation: Observation) -> Tensor | None:
+    """How far the surprise at what was observed is from its mean, relative to that: a guess that explains more than it
+    can has explained the noise (Morozov's discrepancy principle). None where no law of chance is known."""
+    law = None if observation.defense is None else observation.defense.noise_law(observation)
+    if law is None:
+        return None
+    mean = law.expected(dummy, observation.update)
+    return (law.surprise(dummy, observation.update) - mean).abs() / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def _best(candidates: Mapping[str, Reconstruction]) -> Reconstruction:

@@ -57,15 +57,28 @@ class ByChance:
 
     def surprise(self, dummy: Update, observed: Update) -> Tensor:
         """The sum of -log(1 - |v - m| / unit); a tensor of which nothing but zeros was sent says nothing."""
-        units = {k: self._unit(o) for k, o in observed.items() if o.numel()}
-        if self.shared:
-            known = torch.stack([*units.values()])
-            largest = torch.where(known < torch.inf, known, 0).amax()
-            one = known.amin() if self.top is None else torch.where(largest > 0, largest, torch.inf)
-            units = dict.fromkeys(units, one)
+        units = self._units(observed)
         away = torch.cat([((dummy[k] - observed[k]).abs() / unit).flatten() for k, unit in units.items()])
         inside = -torch.log1p(-away.clamp(max=EDGE))
         return (inside + (away - EDGE).clamp(min=0) / (1 - EDGE)).sum()
+
+    def expected(self, dummy: Update, observed: Update) -> Tensor:
+        """The entropy of every entry's two outcomes."""
+        units = self._units(observed)
+        part = torch.cat([(dummy[k].abs() / unit).frac().flatten() for k, unit in units.items()])
+        nats: Tensor = torch.special.entr(part) + torch.special.entr(1 - part)
+        return nats.sum()
+
+    def _units(self, observed: Update) -> dict[str, Tensor]:
+        """Of every tensor that has entries."""
+        units = {k: self._unit(o) for k, o in observed.items() if o.numel()}
+        if not self.shared:
+            return units
+        known = torch.stack([*units.values()])
+        if self.top is None:
+            return dict.fromkeys(units, known.amin())
+        largest = torch.where(known < torch.inf, known, 0).amax()
+        return dict.fromkeys(units, torch.where(largest > 0, largest, torch.inf))
 
     def _unit(self, sent: Tensor) -> Tensor:
         """Infinite where nothing but zeros was sent."""

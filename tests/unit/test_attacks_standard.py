@@ -22,9 +22,11 @@ from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.standard import Standard, misfit
 from gia_bench.attacks.wrapped import Layers
 from gia_bench.defenses.dgp import DGP
+from gia_bench.defenses.noise import GaussianNoise
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.metrics import Metrics, evaluate
 from gia_bench.models.functional import Victim
+from gia_bench.seeding import stream
 from gia_bench.threat import Knowledge, Power
 from gia_bench.values import Observation, Reconstruction, Truth, Update
 
@@ -112,6 +114,25 @@ def test_a_known_defense_is_part_of_the_misfit() -> None:
     informed = misfit(right, dataclasses.replace(pruned, defense=defense), P.victim)
     assert informed == pytest.approx(0, abs=1e-5)
     assert misfit(right, pruned, P.victim) > 1e-4
+
+
+def test_who_explains_the_noise_too_is_farther_from_a_noisy_update_than_the_truth() -> None:
+    """The closest update is closest to the noise: with the law known, the truth is as far off as noise is."""
+    defense, seen = GaussianNoise(scale=0.1), P.observations[0]
+    noise = {k: 0.1 * torch.randn(v.shape, generator=stream(0, "noise", k)) for k, v in seen.update.items()}
+    noisy = dataclasses.replace(seen, update={k: v + noise[k] for k, v in seen.update.items()}, defense=defense)
+    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
+    entries = sum(v.numel() for v in seen.update.values())
+    assert misfit(right, noisy, P.victim) < 4 * math.sqrt(2 / entries)
+    # the update that was sent, as if it were that of an image: nothing is left for the noise
+    assert misfit(right, dataclasses.replace(seen, defense=defense), P.victim) == pytest.approx(1, abs=1e-4)
+    quiet = dataclasses.replace(
+        noisy,
+        update={k: v + noise[k] / 100 for k, v in seen.update.items()},
+        defense=GaussianNoise(scale=0.001),
+    )
+    wrong = dataclasses.replace(right, inputs=1 - P.images[0])
+    assert misfit(wrong, quiet, P.victim) > 10 * misfit(right, quiet, P.victim)
 
 
 def test_the_oracle_bound_is_the_best_candidate_of_every_image_and_metric() -> None:
