@@ -43,10 +43,10 @@ class Standard(Attack):
     """Every member attacks; per victim the reconstruction with the best score wins, and all others are kept beside it.
 
     members: by name; version: of the list and its settings, raised whenever one changes, so that numbers are compared
-    within one version. The score is one for all members, since their own losses have no common unit: the cosine
-    distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it is
-    known) and the observed one; of a defense that is known to add noise, or to round by chance, how far the surprise at
-    what was observed is from its mean, since the closest update is closest to the noise too. No truth is in it. What
+    within one version (0: one's own). The score is one for all members, since their own losses have no common unit: the
+    cosine distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it
+    is known) and the observed one; of a defense that is known to add noise, or to round by chance, how far the surprise
+    at what was observed is from its mean, since the closest update is closest to the noise too. No truth is in it. What
     choosing by truth would have given is recorded as ``oracle_``.
 
     A member that needs what the threat model does not show, or cannot take the model, the update or the number of
@@ -55,7 +55,7 @@ class Standard(Attack):
     """
 
     members: Mapping[str, Attack]
-    version: int = 1
+    version: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "members", dict(self.members))

@@ -145,9 +145,15 @@ PRESETS: dict[str, Callable[[], Attack]] = {
                 constraints={"withheld": Withheld(weight=0.1, relative=True)},
             ),
             "inverting_gradients_oblivious": Oblivious(attack=inverting_gradients(steps=4_800, restarts=2)),
+            "inverting_gradients_smooth": inverting_gradients(
+                steps=4_800,
+                restarts=2,
+                priors={"total_variation": PaddedTotalVariation(weight=0.2, double_opponents=True)},
+            ),
             "inverting_gradients_muted": gia(steps=4_800, labels="auto", distance=Layers(distance=Cosine())),
             "analytic": Analytic(),
-        }
+        },
+        version=2,
     ),
 }
 FILES = sorted((CONF / "attack").glob("*.yaml"))
