@@ -45,9 +45,9 @@ class Standard(Attack):
     members: by name; version: of the list and its settings, raised whenever one changes, so that numbers are compared
     within one version (0: one's own). The score is one for all members, since their own losses have no common unit: the
     cosine distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it
-    is known) and the observed one; of a defense that is known to add noise, or to round by chance, how far the surprise
-    at what was observed is from its mean, since the closest update is closest to the noise too. No truth is in it. What
-    choosing by truth would have given is recorded as ``oracle_``.
+    is known) and the observed one. Of a defense that is known to add noise, or to round by chance, it is the surprise
+    that was observed, by that law, where less than can be expected counts as so much more: the closest update is
+    closest to the noise too. No truth is in it. What choosing by truth would have given is recorded as ``oracle_``.
 
     A member that needs what the threat model does not show, or cannot take the model, the update or the number of
     examples, is left out. Raises ``IncompatibleError`` where none is left, ``ConfigError`` for a member that needs a
@@ -128,8 +128,8 @@ def misfit(
     distance: Distance = COSINE,
     replay: Replay = STEPS,
 ) -> float:
-    """How badly a reconstruction explains the observed update, by ``distance``, or where chance has a known law by how
-    far it is from explaining just what it can; infinite where there is none. Sees no truth."""
+    """How badly a reconstruction explains the observed update, by ``distance``, or by the law of chance where it is
+    known; infinite where there is none. Sees no truth."""
     if rebuilt.failure is not None or not bool(rebuilt.inputs.isfinite().all()):
         return float("inf")
     like = next(iter(observation.params.values()))
@@ -141,19 +141,20 @@ def misfit(
     update = replay.update(Batch(images, labels.to(like.device), images.new_ones(len(images))), Scene(victim, seen))
     if observation.defense is not None:
         update = observation.defense.surrogate(update, observation)
-    apart = _discrepancy(update, observation)
-    value = distance(update, observation.update) if apart is None else apart
+    surprise = _surprise(update, observation)
+    value = distance(update, observation.update) if surprise is None else surprise
     return float(value.nan_to_num(torch.inf))
 
 
-def _discrepancy(dummy: Update, observation: Observation) -> Tensor | None:
-    """How far the surprise at what was observed is from its mean, relative to that: a guess that explains more than it
-    can has explained the noise (Morozov's discrepancy principle). None where no law of chance is known."""
+def _surprise(dummy: Update, observation: Observation) -> Tensor | None:
+    """What was observed would surprise who had sent ``dummy``, in nats per entry, and reflected at its mean: a guess
+    that explains more than it can has explained the noise (after Morozov's discrepancy principle). None where no law of
+    chance is known."""
     law = None if observation.defense is None else observation.defense.noise_law(observation)
     if law is None:
         return None
-    mean = law.expected(dummy, observation.update)
-    return (law.surprise(dummy, observation.update) - mean).abs() / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    mean, found = (nats(dummy, observation.update) for nats in (law.expected, law.surprise))
+    return (mean + (found - mean).abs()) / sum(u.numel() for u in observation.update.values())
 
 
 def _best(candidates: Mapping[str, Reconstruction]) -> Reconstruction:
