@@ -17,9 +17,9 @@ LARGEST = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep up to 2 GiB of freed memory for the next tensors. No peak grows, no number changes.
+    """Tell glibc to keep up to 2 GiB of freed memory for the next tensors. No number changes.
 
-    False where nothing was set: another C library, or a user who chose with glibc's own MALLOC_TRIM_THRESHOLD_ or
+    False where it is not kept: another C library, or a user who chose with glibc's own MALLOC_TRIM_THRESHOLD_ or
     MALLOC_MMAP_THRESHOLD_.
     """
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}.isdisjoint(os.environ):

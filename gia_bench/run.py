@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
-from gia_bench.allocator import keep_freed_memory
 from gia_bench.config import Experiment, Run
 from gia_bench.errors import ConfigError, DataError, IncompatibleError, StorageError
 from gia_bench.federated.module import FederatedModule
@@ -43,7 +42,6 @@ def execute(run: Run, parts: Callable[[Run], Experiment], overrides: list[str], 
     if read_status(run.folder) == "done" and not run.force:
         log.info("%s is finished already; force=true runs it again", label)
         return "done"
-    keep_freed_memory()
     with run_folder(run.folder, dict(run.config), run.force):
         write_status(run.folder, "running", overrides=overrides)
         try:

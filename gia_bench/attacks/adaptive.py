@@ -73,13 +73,13 @@ class Informed(Protocol):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """factor * minus the log density of the noise that would explain the difference, in nats, up to a constant.
+    """factor * minus the log density, or probability, of what chance must have done, in nats, up to a constant.
 
     Gaussian noise: squares / (2 sigma^2); Laplace noise: magnitudes / b, by the variance that the defense publishes;
     stochastic rounding: the probability of the multiple that was sent.
     With priors that are minus log densities (times ``factor``) too, the lowest loss is the most probable image; with
-    ``factor`` a total variation of the usual weight is such a prior. A defense without noise, or one that is not shown,
-    is met with the distance ``otherwise``. factor: gia_bench choice.
+    ``factor`` a total variation of the usual weight is such a prior. A defense without such a law, or one that is
+    not shown, is met with the distance ``otherwise``. factor: gia_bench choice.
     """
 
     otherwise: Distance

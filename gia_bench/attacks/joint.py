@@ -69,7 +69,7 @@ class JointRounds(Attack):
     attack: Attack
 
     def __post_init__(self) -> None:
-        if getattr(self.attack, "constraints", None):
+        if _constrained(self.attack):
             raise ConfigError(
                 "attack.constraints bound what one round withholds, which says nothing of a sum of rounds; take them "
                 "out of the attack that looks at all rounds."
@@ -114,18 +114,32 @@ class JointRounds(Attack):
 def summed(observation: Observation, victim: Victim) -> Observation:
     """One observation whose update is the sum over its own round and the earlier ones of as many examples; where the
     defense is known and repays what it withholds, of the entries alone that its own round sent."""
-    published = victim.initial()[1]
-    alike = [e for e in observation.earlier if e.num_examples == observation.num_examples]
+    published, alike = victim.initial()[1], _alike(observation)
     update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
-    defense = observation.defense
-    gaps = observation.unseen > 0 or len(alike) < len(observation.earlier)
-    # a mean of several clients owes something wherever one of them sent nothing
-    if defense is None or not defense.repays or observation.num_clients > 1 or gaps:
-        defense = None
-    else:
+    defense = observation.defense if exact(observation) else None
+    if defense is not None:
         # the entries that the stand-in lets pass, which may be 0 in the last round and not in the sum
         ones = {k: torch.ones_like(u) for k, u in update.items()}
         passed = defense.surrogate(ones, observation)
         update = {k: torch.where(passed[k] != 0, u, 0) for k, u in update.items()}
     models = [dataclasses.replace(e, update={}, buffers={**published, **e.buffers}, defense=None) for e in alike]
     return dataclasses.replace(observation, update=update, earlier=tuple(models), defense=defense)
+
+
+def exact(observation: Observation) -> bool:
+    """Whether the sum over rounds is that of the updates themselves where the last round sent something: the defense is
+    known and repays what it withholds, and no round of the client is missing."""
+    defense = observation.defense
+    # a mean of several clients owes something wherever one of them sent nothing
+    own = defense is not None and defense.repays and observation.num_clients == 1
+    return own and not observation.unseen and len(_alike(observation)) == len(observation.earlier)
+
+
+def _alike(observation: Observation) -> list[Observation]:
+    return [e for e in observation.earlier if e.num_examples == observation.num_examples]
+
+
+def _constrained(attack: Attack) -> bool:
+    """Whether it, or one that it is made of, has constraints."""
+    inner = [getattr(attack, "attack", None), *getattr(attack, "members", {}).values()]
+    return bool(getattr(attack, "constraints", None)) or any(isinstance(a, Attack) and _constrained(a) for a in inner)

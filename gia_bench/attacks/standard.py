@@ -143,7 +143,7 @@ def misfit(
         update = observation.defense.surrogate(update, observation)
     surprise = _surprise(update, observation)
     value = distance(update, observation.update) if surprise is None else surprise
-    return float(value.nan_to_num(torch.inf))
+    return float(value.nan_to_num(torch.inf, torch.inf))
 
 
 def _surprise(dummy: Update, observation: Observation) -> Tensor | None:

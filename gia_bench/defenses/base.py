@@ -222,8 +222,9 @@ class Defense(ABC):
         return self.noise_law() is not None
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """The law of the noise in what is sent, for attackers who know the defense; None: it adds none, or another
-        stage changes it, or it depends on an observation, and this one (None: none yet) does not show enough."""
+        """The law of what chance does to what is sent (noise, rounding), for attackers who know the defense; None: it
+        does nothing, or another stage changes it, or the law depends on an observation, and this one (None: none yet)
+        does not show enough."""
         return None
 
     def restore(self, update: Update, observation: Observation) -> Update:

@@ -239,9 +239,12 @@ class Chain(Defense):
         return any(stage.adds_noise for stage in self.parts)
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """The last stage's, where no other one leaves anything to chance."""
+        """The last stage's, where no other one leaves anything to chance. Of rounding none behind a stage that packs:
+        whose stand-in reads what was sent off the zeros, and takes for withheld what was rounded to 0."""
         *before, (place, last) = self._acting
         if any(stage.adds_noise or stage.noise_law() is not None for _, stage in before):
+            return None
+        if not last.adds_noise and any(stage.codec is not DENSE for _, stage in before):
             return None
         return last.noise_law(None if observation is None else self._seen_by(place, observation))
 

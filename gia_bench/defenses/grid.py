@@ -13,6 +13,9 @@ from gia_bench.values import Update
 
 _LOW_BITS = 8
 
+EDGE = 0.95
+"""Of a unit: how far an entry may be from what it was rounded to before ``ByChance`` goes on along the tangent."""
+
 
 def unit_above(step: Tensor) -> Tensor:
     """``step`` (>= 0) rounded up to a float32 of 16 significant bits, at most 2^-15 larger; float32, same shape.
@@ -59,15 +62,13 @@ class ByChance:
         """The sum of -log(1 - |v - m| / unit); a tensor of which nothing but zeros was sent says nothing."""
         units = self._units(observed)
         away = torch.cat([((dummy[k] - observed[k]).abs() / unit).flatten() for k, unit in units.items()])
-        inside = -torch.log1p(-away.clamp(max=EDGE))
-        return (inside + (away - EDGE).clamp(min=0) / (1 - EDGE)).sum()
+        return _nats(away).sum()
 
     def expected(self, dummy: Update, observed: Update) -> Tensor:
-        """The entropy of every entry's two outcomes."""
+        """Of the multiples below and above every entry, each as often as it happens."""
         units = self._units(observed)
         part = torch.cat([(dummy[k].abs() / unit).frac().flatten() for k, unit in units.items()])
-        nats: Tensor = torch.special.entr(part) + torch.special.entr(1 - part)
-        return nats.sum()
+        return ((1 - part) * _nats(part) + part * _nats(1 - part)).sum()
 
     def _units(self, observed: Update) -> dict[str, Tensor]:
         """Of every tensor that has entries."""
@@ -89,7 +90,9 @@ class ByChance:
         return torch.where(sizes > 0, sizes, torch.inf).amin()
 
 
-EDGE = 0.95
+def _nats(away: Tensor) -> Tensor:
+    inside = -torch.log1p(-away.clamp(max=EDGE))
+    return inside + (away - EDGE).clamp(min=0) / (1 - EDGE)
 
 
 def straight_through(update: Update, rounding: Callable[[Update], Update]) -> Update:

@@ -15,6 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from gia_bench.allocator import keep_freed_memory
 from gia_bench.data.cohort import Cohort
 from gia_bench.federated.announcements import Announcements
 from gia_bench.federated.ranks import Ranks, current_ranks
@@ -85,6 +86,7 @@ class FederatedModule(L.LightningModule):
         return self.schedule.server.configure(self.network.parameters())
 
     def on_fit_start(self) -> None:
+        keep_freed_memory()  # in every rank's own process
         self._ranks = current_ranks()
         self.client_states.begin()
         self.rules = dataclasses.replace(self.rules, victim=self.rules.victim.to(self.device))

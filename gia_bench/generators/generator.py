@@ -90,6 +90,8 @@ class Generator:
         unit: Tensor = made if (low, high) == (0, 1) else (made - low) / (high - low)
         if self.image_size is None:
             return unit
+        # autocast hands on bf16, for which this has no kernel on the CPU
+        unit = unit if unit.dtype == torch.float64 else unit.float()
         return nn.functional.interpolate(unit, self.image_size, mode="bilinear", antialias=True)
 
     def features(self, before: Tensor, classes: Tensor, layer: int) -> Tensor:

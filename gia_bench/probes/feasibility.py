@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from gia_bench.attacks.joint import exact
 from gia_bench.models.functional import Victim
 from gia_bench.values import Observation
 
@@ -24,9 +25,7 @@ def feasibility(observation: Observation, victim: Victim) -> dict[str, float]:
     forgets.
     """
     count, local = observation.num_examples, observation.local
-    # of exact sums the last round's entries alone count
-    repaid = observation.defense is not None and observation.defense.repays and not observation.unseen
-    earlier = () if repaid else observation.earlier
+    earlier = () if exact(observation) else observation.earlier  # of exact sums the last round's entries alone count
     updates = [observation.update, *(past.update for past in earlier if past.num_examples == count)]
     sent = (sum(update[k] != 0 for update in updates) for k in observation.update)
     known = {"equations": float(sum(int(torch.as_tensor(times).count_nonzero()) for times in sent))}

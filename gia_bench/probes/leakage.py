@@ -15,6 +15,7 @@ import torch
 
 from gia_bench.attacks.base import Attack
 from gia_bench.data.cohort import Cohort
+from gia_bench.errors import StorageError
 from gia_bench.federated.module import FederatedModule, RoundReport
 from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
@@ -62,8 +63,12 @@ class LeakageProbe(L.Callback):
         return {"history": self._history.pack() or self._saved, "rounds": dict(self._history.rounds)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["history"]
-        self._history.rounds = Counter(state_dict["rounds"])
+        if self._remembers and "rounds" not in state_dict:
+            raise StorageError(
+                "The run's checkpoint was written by an earlier version, which did not count the rounds of every "
+                "client; take force=true to begin the run anew."
+            )
+        self._saved, self._history.rounds = state_dict["history"], Counter(state_dict.get("rounds", {}))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -205,7 +205,10 @@ class Pruned(Defense):
         return self.inner.adds_noise
 
     def noise_law(self, observation: Observation | None = None) -> NoiseLaw | None:
-        """The inner defense's: off the masks there is neither noise nor residual."""
+        """The inner defense's: off the masks there is neither noise nor residual. Of rounding none where masks are
+        hidden: what is rounded to 0 looks like what is off them."""
+        if not self.inner.adds_noise and observation is not None and not observation.shared:
+            return None
         return self.inner.noise_law(None if observation is None else self._inside(observation))
 
     def restore(self, update: Update, observation: Observation) -> Update:

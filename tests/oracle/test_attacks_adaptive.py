@@ -188,14 +188,14 @@ def test_the_likelihood_of_stochastic_rounding_is_how_often_it_happens(defense: 
 
 @pytest.mark.parametrize("defense", [GaussianNoise(scale=0.3), LaplaceNoise(scale=0.3), *BY_CHANCE], ids=repr)
 def test_a_law_expects_the_surprise_that_chance_gives(defense: Defense) -> None:
-    """Against the mean over 400 updates that were sent."""
-    update = {"w": torch.linspace(-1, 1, 30), "v": 0.1 * torch.linspace(-1, 1, 20).sin().view(4, 5)}
+    """Against the mean over 160 updates of 6,000 entries that were sent."""
+    update = {k: torch.randn(n, generator=stream(0, k)) for k, n in (("w", 5000), ("v", 1000))}
     law = defense.noise_law()
     assert law is not None
-    sent = [protected(defense, update, seed=i).update for i in range(400)]
+    sent = [protected(defense, update, seed=i).update for i in range(160)]
     mean = sum(float(law.surprise(update, s)) for s in sent) / len(sent)
     expected = sum(float(law.expected(update, s)) for s in sent) / len(sent)
-    assert mean == pytest.approx(expected, rel=0.05)
+    assert mean == pytest.approx(expected, rel=0.015)
 
 
 def test_stochastic_rounding_is_surprising_beyond_its_unit_and_silent_of_nothing() -> None:
@@ -212,7 +212,9 @@ def test_stochastic_rounding_is_surprising_beyond_its_unit_and_silent_of_nothing
     mean = Observation(params={}, update=sent, num_clients=2)
     assert QSGD().noise_law(mean) is None and Int8().noise_law() is None
     assert Chain(stages={"a": QSGD(), "b": Int8(rounding="stochastic")}).noise_law() is None
-    assert Chain(stages={"a": DGP(), "b": QSGD()}).noise_law() == law
+    assert Chain(stages={"a": ClipUpdate(), "b": QSGD()}).noise_law() == law
+    # what is rounded to 0 looks like what DGP withholds
+    assert Chain(stages={"a": DGP(), "b": QSGD()}).noise_law() is None
 
 
 def test_a_likelihood_without_known_noise_is_the_other_distance() -> None:

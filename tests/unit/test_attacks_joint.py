@@ -16,14 +16,16 @@ from command import SMALL, gia_bench
 from gia_bench.attacks.adaptive import Withheld
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.joint import AllRounds, JointRounds, summed
-from gia_bench.attacks.standard import misfit
+from gia_bench.attacks.oblivious import Oblivious
+from gia_bench.attacks.standard import Standard, misfit
 from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.top_k import TopK
-from gia_bench.errors import ConfigError
+from gia_bench.errors import ConfigError, StorageError
 from gia_bench.federated.local import FedAvg
 from gia_bench.probes.history import History
+from gia_bench.probes.leakage import LeakageProbe
 from gia_bench.values import Batch, Observation, Reconstruction, Update
 from gia_bench.wire.aligned import MASK
 
@@ -105,6 +107,25 @@ def test_bounds_of_one_round_are_refused_for_sums() -> None:
     attack = dataclasses.replace(inverting_gradients(steps=3), constraints={"withheld": Withheld(relative=True)})
     with pytest.raises(ConfigError, match="bound what one round withholds"):
         JointRounds(attack=attack)
+    with pytest.raises(ConfigError, match="bound what one round withholds"):
+        JointRounds(attack=Standard(members={"within": Oblivious(attack=attack)}))
+
+
+def test_the_count_of_rounds_survives_a_checkpoint_and_one_without_it_is_refused() -> None:
+    def probe() -> LeakageProbe:
+        attacks: dict[str, Any] = {"joint": JointRounds(attack=inverting_gradients(steps=1))}
+        rest: Any = dict.fromkeys(["recorder", "threat", "metrics", "public", "folder"])
+        return LeakageProbe(attacks=attacks, images=False, snapshot_every_seconds=1.0, **rest)
+
+    first, second = probe(), probe()
+    first.load_state_dict({"history": [], "rounds": {0: 3, 5: 1}})
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert second.state_dict()["rounds"] == {0: 3, 5: 1}
+    with pytest.raises(StorageError, match="force=true"):
+        second.load_state_dict({"history": []})
 
 
 def test_rounds_that_nobody_looked_at_are_counted() -> None:
@@ -180,7 +201,8 @@ def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(threat: str,
     """Round 1 is not attacked, so that he who knows the defense has no exact sums and takes all entries too."""
     settings: list[Any] = [
         *SMALL, "attack=[inverting_gradients_joint]", "attack.inverting_gradients_joint.attack.steps=2",
-        f"threat={threat}", "fl.attack_rounds=[0,2]", "fl.local.batch_size=null", "partition.samples_per_client=2",
+        f"threat={threat}", "defense=dgp", "fl.attack_rounds=[0,2]", "fl.local.batch_size=null",
+        "partition.samples_per_client=2",
     ]  # fmt: skip
     done = gia_bench(tmp_path, *[s for s in settings if "inverting_gradients_fast" not in s])
     assert done.status == 0, done.err
@@ -188,5 +210,5 @@ def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(threat: str,
     equations = frame[frame.metric == "equations"].set_index("round")["value"]
     unknowns = frame[frame.metric == "unknowns"].set_index("round")["value"]
     numbers = frame[frame.metric == "dense_uplink_bytes"]["value"].max() / 4
-    assert equations[0] < equations[2] <= numbers, "the sum of two rounds has no more entries than one"
+    assert 1.05 * equations[0] < equations[2] <= numbers, "the sum of two rounds has hardly more entries than one"
     assert unknowns[0] == unknowns[2] == 2 * 16 * 16

@@ -101,6 +101,8 @@ def test_images_of_another_size_are_resampled_and_searched_by_every_attack(
     latents, classes = torch.randn(3, LATENT), torch.zeros(3, 4)
     made = dataclasses.replace(source, image_size=None).load().images(latents, classes)
     torch.testing.assert_close(source.load().images(latents, classes), resize(made, list(size), antialias=True))
+    with torch.autocast("cpu", torch.bfloat16):  # attack.arithmetic.precision=bf16
+        assert source.load().images(latents, classes).shape == (3, 1, *size)
     p = problem(2, shape=(1, *size))
     for attack in (GIAS(generator=source, steps=2, tuning_steps=2), GIFD(generator=source, steps=2, restarts=1)):
         found = attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
