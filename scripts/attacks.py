@@ -20,12 +20,14 @@ from typing import NamedTuple
 STEPS = {
     "dlg": 50, "dlg_one_at_a_time": 50, "idlg": 50, "cpl": 50, "dga": 50, "dga_muted": 50,
     "inverting_gradients": 2400, "inverting_gradients_adaptive": 2400, "gia": 2400, "gia_muted": 2400, "sgi": 2400,
-    "gradinversion": 2400, "gradinversion_dgp_paper": 2400, "inverting_gradients_dgp_paper": 12000,
-    "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400,
+    "gradinversion": 2400, "gradinversion_dgp_paper": 2400, "inverting_gradients_dgp_paper": 2400,
+    "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400, "april_optimized": 500,
 }  # fmt: skip
-"""Outer L-BFGS steps (20 evaluations each), or Adam steps; those of the DGP authors' Inverting Gradients are all."""
+"""Outer L-BFGS steps (20 evaluations each), or Adam steps."""
 
-ANY_BATCH = ("dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", "gia", "gradinversion")
+SMOOTH = "inverting_gradients_dgp_paper"
+"""Inverting Gradients with a strong prior: the settings of DGP's authors."""
+ANY_BATCH = ("dlg", "dlg_one_at_a_time", "dga", "inverting_gradients", SMOOTH, "gia", "gradinversion")
 ONE = ("dlg", "idlg", "cpl", "dga", "dga_muted", "inverting_gradients", "gia", "gia_muted", "sgi")
 CLOSED_FORMS = (("mlp", "analytic"), ("cnn6", "rgap"), ("vit_april", "april"))
 TRAINED = "model.checkpoint=${paths.data}/weights/cifar10_resnet/resnet20-12fca82f.th"
@@ -55,13 +57,16 @@ def defended() -> Iterator[list[str]]:
 
 
 def presets() -> Iterator[list[str]]:
-    """The settings of the authors of DGP, and GradInversion with its gradient weighed 1,000 times: with its own weight,
-    for a ResNet-50, it does not look at the update of this network at all."""
+    """The settings of the authors of DGP, with all their steps of Inverting Gradients, and GradInversion with its
+    gradient weighed 1,000 times: with its own weight, for a ResNet-50, this network's update counts for nothing. APRIL
+    by search on a network of its own."""
     weighed = ("gradinversion", "gradinversion_dgp_paper")
     for threat, defense in itertools.product(("curious_server_labels", "adaptive_labels"), ("none", "top_k", "dgp")):
+        words = [f"threat={threat}", f"defense={defense}"]
+        yield [*words, *launch(SMOOTH, steps=12_000)]
+        yield [*words, *launch(*weighed), *(f"attack.{attack}.distance.factor=0.05" for attack in weighed)]
         yield [
-            f"threat={threat}", f"defense={defense}", *launch("inverting_gradients_dgp_paper", *weighed),
-            *(f"attack.{attack}.distance.factor=0.05" for attack in weighed),
+            *words, "model=vit_april", "model.normalize=true", "model.init=default", *launch("april_optimized"),
         ]  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def batches() -> Iterator[list[str]]:
 def trained() -> Iterator[list[str]]:
     """One image an update, as a federation of 100 clients trains the network."""
     yield [
-        *launch("dlg", "inverting_gradients"), "partition.num_clients=100", "partition.samples_per_client=null",
+        *launch("dlg", "inverting_gradients", SMOOTH), "partition.num_clients=100", "partition.samples_per_client=null",
         "fl.rounds=401", "fl.eval_every=100", "fl.attack_rounds=[0,100,400]",
     ]  # fmt: skip
 
@@ -102,7 +107,7 @@ def fedavg() -> Iterator[list[str]]:
     one image under Top-k and DGP too."""
     work = (("none", 1, 1, 5), ("none", 4, 4, 5), ("none", 4, 2, 2), ("top_k", 1, 1, 5), ("dgp", 1, 1, 5))
     threats = ("curious_server_labels", "adaptive_labels")
-    attacks = ("inverting_gradients", "inverting_gradients_fedavg", "inverting_gradients_fedavg_epochs")
+    attacks = ("inverting_gradients", "inverting_gradients_fedavg", "inverting_gradients_fedavg_epochs", SMOOTH)
     for (defense, examples, batch_size, epochs), threat in itertools.product(work, threats):
         if defense == "none" and threat == "adaptive_labels":  # there is nothing to know
             continue
