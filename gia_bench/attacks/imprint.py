@@ -122,6 +122,9 @@ class Laplace:
 class Measured:
     """Quantiles of what public examples give (gia_bench choice; the paper has the server know the distribution).
 
+    A quantile that is such a value itself is moved half way to the next larger one: few grey levels make many images
+    equally bright, and rounding would decide whether one on a cut is in the bin below, in the one above, or in none.
+
     num_examples: how many of them are looked at, from the first.
     """
 
@@ -136,8 +139,10 @@ class Measured:
 
     def cuts(self, num_bins: int, measure: Callable[[int], Tensor]) -> Tensor:
         values = measure(self.num_examples)
-        first = values.min() - FAR * values.std()
-        return torch.cat([first[None], torch.quantile(values, _shares(num_bins))])
+        far, known, cuts = FAR * values.std(), values.unique(), torch.quantile(values, _shares(num_bins))
+        larger = torch.cat([known[1:], known[-1:] + far])[torch.searchsorted(known, cuts).clamp(max=len(known) - 1)]
+        moved = torch.where(torch.isin(cuts, known), (cuts + larger) / 2, cuts)
+        return torch.cat([values.min()[None] - far, moved])
 
 
 def _shares(num_bins: int) -> Tensor:

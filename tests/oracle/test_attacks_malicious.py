@@ -196,6 +196,11 @@ def test_bins_hold_equal_shares_of_what_they_are_made_for() -> None:
         torch.testing.assert_close(held, torch.tensor([0.0] + 8 * [0.125], dtype=torch.float64), atol=0.01, rtol=0)
     cuts = Measured(num_examples=40_000).cuts(8, lambda n: normal[:n])
     assert torch.bucketize(normal, cuts).bincount().tolist() == [0] + 8 * [5000]
+    # few grey levels: no cut is a value that images have, or rounding would decide in which bin they are, if in any
+    grey = torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0], dtype=torch.float64) / 7
+    cuts = Measured(num_examples=10).cuts(4, lambda n: grey[:n])
+    torch.testing.assert_close(7 * cuts[1:-1], torch.tensor([1.5, 2.5], dtype=torch.float64))
+    assert cuts[0] < 0 and 7 * cuts[-1] > 3 and (torch.bucketize(grey, cuts) > 0).all()
     # the reference's cuts for the Fourier functional: Laplace(0, 1 / sqrt(2))
     torch.testing.assert_close(
         Laplace().cuts(4, lambda n: torch.empty(0))[1:],

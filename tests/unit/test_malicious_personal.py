@@ -138,4 +138,4 @@ def test_a_run_measures_the_sum_against_the_images_of_all_clients(extra: tuple[s
     assert {r["client"] for r in found} == {None}
     if not extra:
         assert len(found) == 12  # three clients with four images each
-        assert sum(r["value"] is not None and r["value"] > 60 for r in found) >= 6
+        assert all(r["value"] is not None and r["value"] > 60 for r in found), "many digits are equally bright"
