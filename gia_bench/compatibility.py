@@ -6,9 +6,9 @@ from gia_bench.attacks.base import Attack
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.aggregation import Aggregation
-from gia_bench.federated.local import LocalWork
 from gia_bench.federated.sampling import POISSON
 from gia_bench.federated.schedule import Schedule
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge, Power, ThreatModel
 

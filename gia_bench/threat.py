@@ -12,7 +12,7 @@ from gia_bench.values import Examples, Observation, Transcript, Truth
 
 if TYPE_CHECKING:
     from gia_bench.defenses.base import Defense
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
 
 
 class Knowledge(Flag):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from gia_bench.defenses.base import Defense
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
 
 Params: TypeAlias = dict[str, Tensor]
 """Trainable tensors by name."""

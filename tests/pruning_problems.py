@@ -23,9 +23,10 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.defenses.precision import HalfPrecision, Int8
 from gia_bench.defenses.top_k import TopK
 from gia_bench.federated.execution import Executor, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.pruning.base import Pruning
 from gia_bench.pruning.pruned import OWN

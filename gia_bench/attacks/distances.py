@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gia_bench.values import Update
 
@@ -60,6 +61,14 @@ class Cosine:
         dot, own, seen = (_sum(p.sum() for p in one) for one in zip(*products, strict=True))
         return 1 - _over_norms(dot, own, seen)
 
+    def of_many(self, dummies: Update, observed: Update) -> Tensor:
+        """The same of many pairs at once, dummies [V, T, ...] and observed [V, ...] -> [V, T], in half the time; once
+        differentiable."""
+        own = torch.cat([dummies[k].flatten(2) for k in observed], dim=2)
+        seen = torch.cat([u[:, None].flatten(2) for u in observed.values()], dim=2)
+        cosines: Tensor = _Cosines.apply(own, seen)
+        return 1 - cosines
+
 
 @final
 @dataclass(frozen=True)
@@ -87,6 +96,27 @@ class Angular:
         a, b = ({k: u[k] / _norm(u[k] for k in observed) for k in observed} for u in (dummy, observed))
         apart, together = (_sum((a[k] + s * b[k]).square().sum() for k in observed) for s in (-1, 1))
         return torch.atan2(apart.clamp(min=tiny).sqrt(), together.clamp(min=tiny).sqrt()) * (2 / math.pi)
+
+
+@final
+class _Cosines(torch.autograd.Function):
+    """[..., P], [..., P] -> [...]: the cosines between last axes, and their slope by the first of both in two passes
+    over it, where autograd would take five."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, seen: Tensor) -> Tensor:
+        least = torch.finfo(own.dtype).tiny ** 0.5
+        lengths = [torch.linalg.vector_norm(t, dim=-1).clamp(min=least) for t in (own, seen)]
+        cosines: Tensor = (own * seen).sum(-1) / lengths[0] / lengths[1]
+        ctx.save_for_backward(own, seen, cosines, *lengths)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        own, seen, cosines, own_length, seen_length = ctx.saved_tensors
+        towards, back = slope / own_length / seen_length, -slope * cosines / own_length / own_length
+        return (seen * towards[..., None]).addcmul_(own, back[..., None]), None
 
 
 SMALL = 4096

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
-from torch.utils._pytree import tree_map
+from torch.func import grad_and_value
 
 from gia_bench.attacks.adaptive import Constraint, Informed
 from gia_bench.attacks.arithmetic import PLAIN, PRECISIONS, Arithmetic, Step, farthest, normalises
-from gia_bench.attacks.distances import Distance
+from gia_bench.attacks.axes import chunks, mapped_over, stack
+from gia_bench.attacks.distances import Cosine, Distance
+from gia_bench.attacks.layerwise import explained, gradients
 from gia_bench.attacks.memory import free_bytes, largest_batch, peak_bytes
 from gia_bench.attacks.optimizers import Variables
 from gia_bench.attacks.priors import Prior
@@ -79,10 +80,10 @@ class Group:
         device = next(iter(params.values())).device
         buffers = {k: v.to(device) for k, v in buffers.items()}
         seen = Seen(
-            update=_stack([o.update for o in observations], device),
-            sent_buffers=_stack([o.sent_buffers or {} for o in observations], device),
-            shown_labels=_stack([{} if o.labels is None else {"labels": o.labels} for o in observations], device),
-            labels=_stack([{} if y is None else {"labels": y if y.ndim == 2 else y[None]} for y in labels], device),
+            update=stack([o.update for o in observations], device),
+            sent_buffers=stack([o.sent_buffers or {} for o in observations], device),
+            shown_labels=stack([{} if o.labels is None else {"labels": o.labels} for o in observations], device),
+            labels=stack([{} if y is None else {"labels": y if y.ndim == 2 else y[None]} for y in labels], device),
         )
         template = dataclasses.replace(first, params=params, buffers=buffers)
         return cls(
@@ -97,8 +98,8 @@ class Group:
             max_batch=max_batch,
         )
 
-    def loss(self, variables: Variables, seen: Seen, buffers: Buffers) -> Tensor:
-        """The loss of one candidate of one victim (scalar)."""
+    def loss(self, variables: Variables, seen: Seen, buffers: Buffers, dummy: Update) -> Tensor:
+        """The loss of one candidate of one victim (scalar). dummy: its update, or empty, where it is found here."""
         observation = dataclasses.replace(
             self.template,
             buffers=buffers,
@@ -106,17 +107,19 @@ class Group:
             sent_buffers=seen.sent_buffers or None,
             labels=seen.shown_labels.get("labels"),
         )
-        scene = Scene(self.victim, observation)
-        pixels = variables["pixels"]
-        labels = variables["labels"].softmax(-1) if "labels" in variables else seen.labels["labels"]
-        candidate = Candidate(pixels, self.space.decode(pixels), labels)
-        dummy = self.replay.update(Batch(candidate.inputs, labels, pixels.new_ones(len(pixels))), scene)
-        unit = update_unit(observation)
+        scene, candidate = Scene(self.victim, observation), self._candidate(variables, seen)
+        batch = Batch(candidate.inputs, candidate.labels, candidate.pixels.new_ones(len(candidate.pixels)))
+        dummy, unit = dummy or self.replay.update(batch, scene), update_unit(observation)
         sent = dummy if observation.defense is None else observation.defense.surrogate(dummy, observation)
         distance = self.distance(_in_units(sent, unit), _in_units(observation.update, unit))
         parts = [prior(candidate, scene) for prior in self.priors.values()]
         parts += [constraint(dummy, observation, unit) for constraint in self.constraints.values()]
         return sum(parts, distance + self.replay.penalty(candidate, scene))
+
+    def _candidate(self, variables: Variables, seen: Seen) -> Candidate:
+        """The guess, or all of them with the axes [V, T] in front."""
+        labels = variables["labels"].softmax(-1) if "labels" in variables else seen.labels["labels"]
+        return Candidate(variables["pixels"], self.space.decode(variables["pixels"]), labels)
 
     def evaluate(self, variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
         """The losses [V, T] and their gradients, ``max_batch`` candidates at a time; see ``Evaluate``."""
@@ -126,17 +129,17 @@ class Group:
         # a compiled step would be compiled again for every number of victims
         if wanted is not None and pixels.device.type == "cpu" and not self.arithmetic.compile:
             rows = rows[wanted.any(1)]
-        chunks = _chunks(len(rows), T, self.max_batch)
-        if len(rows) == V and len(chunks) == 1:
-            gradients, loss = self._part(variables, *chunks[0])
-            return loss, gradients
-        loss, gradients = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
-        for few, restarts in chunks:
+        parts = chunks(len(rows), T, self.max_batch)
+        if len(rows) == V and len(parts) == 1:
+            slopes, loss = self._part(variables, *parts[0])
+            return loss, slopes
+        loss, slopes = pixels.new_full((V, T), torch.inf), {k: torch.zeros_like(v) for k, v in variables.items()}
+        for few, restarts in parts:
             victims = few if len(rows) == V else rows[few]  # a slice copies nothing
-            gradient, loss[victims, restarts] = self._part(variables, victims, restarts)
-            for k, g in gradient.items():
-                gradients[k][victims, restarts] = g
-        return loss, gradients
+            slope, loss[victims, restarts] = self._part(variables, victims, restarts)
+            for k, g in slope.items():
+                slopes[k][victims, restarts] = g
+        return loss, slopes
 
     def losses(self, variables: Variables) -> Tensor:
         """The losses [V, T] alone, for a third of the work; T: any number of candidates with the same labels."""
@@ -144,7 +147,7 @@ class Group:
             return self.evaluate(variables)[0]
         V, T = variables["pixels"].shape[:2]
         loss = variables["pixels"].new_empty(V, T)
-        for victims, restarts in _chunks(V, T, self.max_batch):
+        for victims, restarts in chunks(V, T, self.max_batch):
             loss[victims, restarts] = self._mapped(self.loss, *self._own(variables, victims, restarts))
         return loss
 
@@ -159,42 +162,51 @@ class Group:
 
     @torch.no_grad()
     def computed(self, arithmetic: Arithmetic, start: Variables) -> Group:
-        """With the quicker steps where they are right (``_agrees_with``), and by ``arithmetic``, after that has been
+        """With the quickest steps that are right (``_agrees_with``), and by ``arithmetic``, after that has been
         compared with the sure ones on the guesses ``start`` in the chunks that will be used. Raises ``ConfigError``
         where ``arithmetic`` differs, or where it cannot be had here.
         """
-        sure, quick = (
-            dataclasses.replace(self, step=PLAIN.step(function, start["pixels"]))
-            for function in (self._step, self._quick_step)
-        )
-        agree = sure._agrees_with(quick, start)
-        if arithmetic.plain:
-            return quick if agree else sure
+        like = start["pixels"]
+        sure = dataclasses.replace(self, step=PLAIN.step(self._step, like))
         # a compiled program is made of the sure steps: it fuses what the quicker ones save
-        function = self._quick_step if agree and not arithmetic.compile else self._step
-        step = arithmetic.step(function, start["pixels"])
-        other = dataclasses.replace(self, step=step, arithmetic=arithmetic)
-        arithmetic.compare(sure.evaluate(start), other.evaluate(start))
-        return other
+        ways = [] if arithmetic.compile else self._quicker(start)
+        function = next((way for way in ways if sure._agrees_with(way, start)), self._step)
+        chosen = dataclasses.replace(self, step=arithmetic.step(function, like), arithmetic=arithmetic)
+        if not arithmetic.plain:
+            arithmetic.compare(sure.evaluate(start), chosen.evaluate(start))
+        return chosen
 
-    def _agrees_with(self, other: Group, start: Variables) -> bool:
-        """Whether ``other``, whose steps are the quicker ones, may be used.
+    def _quicker(self, start: Variables) -> list[Step]:
+        """Steps that may be right, the quickest first.
 
-        Where nothing is mapped, both are plain double backward passes. Else there must be no normalisation in the
-        network: how wrong the quicker gradient then is depends on its weights, and may be less than what single
-        precision rounds. Against what is not known yet the two are compared, on random guesses (at a special point all
-        gradients might be 0) for at most two victims and restarts of a chunk.
+        How wrong one backward pass through mapped normalisations is depends on the network's weights, and may be less
+        than what single precision rounds: it is for networks without any, and for one candidate, which is not mapped.
+        Layer by layer nothing is mapped either.
         """
+        params, buffers = self.template.params, self.template.buffers
         V, T = start["pixels"].shape[:2]
-        few, restarts = _chunks(V, T, self.max_batch)[0]
+        alone = self.max_batch == 1 or V == T == 1
+        images = self.space.decode(start["pixels"][0, 0])
+        ways: list[Step] = []
+        if self.replay.multiple(self.template) is not None and (
+            alone or (not self.victim.batch_coupled and explained(self.victim, params, buffers, images))
+        ):
+            ways.append(self._layerwise_step)
+        if alone or not normalises(lambda: self.victim.logits(params, buffers, images)):
+            ways.append(self._quick_step)
+        return ways
+
+    def _agrees_with(self, way: Step, start: Variables) -> bool:
+        """Whether ``way`` gives what this group's own steps give: on random guesses (at a special point all gradients
+        might be 0) for at most two victims and restarts of a chunk."""
+        V, T = start["pixels"].shape[:2]
+        few, restarts = chunks(V, T, self.max_batch)[0]
         some, restarts = (slice(0, min(s.stop, size, 2)) for s, size in ((few, V), (restarts, T)))
         if some.stop == restarts.stop == 1 and (self.max_batch == 1 or V == T == 1):
-            return True
+            return True  # both are plain double backward passes
         draw = stream(0, "agreement")
         guesses = {k: torch.randn(v.shape, generator=draw).to(v) for k, v in start.items()}
-        images, buffers = self.space.decode(guesses["pixels"][0, 0]), self.template.buffers
-        if normalises(lambda: self.victim.logits(self.template.params, buffers, images)):
-            return False
+        other = dataclasses.replace(self, step=PLAIN.step(way, start["pixels"]))
         (slope, loss), (others, other_loss) = (group._part(guesses, some, restarts) for group in (self, other))
         telling = all(bool(g.isfinite().all() and g.any()) for g in slope.values())
         return telling and farthest((loss, slope), (other_loss, others)).error <= PRECISIONS["fp32"]
@@ -218,49 +230,60 @@ class Group:
 
     def _quick_step(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         """One backward pass through vmap(loss), a fifth to a third less time. Through normalisations that are mapped
-        its second derivative is silently wrong (torch 2.15): see ``_agrees_with``."""
-        with torch.enable_grad():
-            leaves = {k: v.detach().requires_grad_() for k, v in variables.items()}
-            loss = self._mapped(self.loss, leaves, seen)
-            if not loss.requires_grad:  # it depends on no variable
-                return {k: torch.zeros_like(v) for k, v in variables.items()}, loss
-            # no candidate's loss depends on another one's variables
-            slopes = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, slopes, strict=True)), loss.detach()
+        its second derivative is silently wrong (torch 2.15): see ``_quicker``."""
+        return _backward(variables, lambda leaves: self._mapped(self.loss, leaves, seen))
 
-    def _mapped(self, one: Callable[..., Any], variables: Variables, seen: Seen) -> Any:
+    def _layerwise_step(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
+        """One backward pass through all dummy updates, which are found layer by layer, and what is made of them: also
+        at once, where all parts of the loss can do that."""
+        simple = self.template.defense is None and not self.constraints
+        if simple and isinstance(self.distance, Cosine) and all(p.leading_axes for p in self.priors.values()):
+            apart = self.distance.of_many
+            return _backward(variables, lambda leaves: self._at_once(self._candidate(leaves, seen), seen.update, apart))
+        return _backward(
+            variables,
+            lambda leaves: self._mapped(self.loss, leaves, seen, self._dummies(self._candidate(leaves, seen))),
+        )
+
+    def _dummies(self, candidate: Candidate) -> Update:
+        """The updates of all candidates [V, T, ...], where they are multiples of one gradient."""
+        shared, (V, T, B) = self.template, candidate.pixels.shape[:3]
+        inputs, labels = candidate.inputs.flatten(0, 1), candidate.labels.flatten(0, 1)
+        batch = Batch(inputs, labels, candidate.pixels.new_ones(V * T, B))
+        found, factor = gradients(self.victim, shared.params, shared.buffers, batch), self.replay.multiple(shared) or 1
+        return {k: (g if factor == 1 else g * factor).view(V, T, *g.shape[1:]) for k, g in found.items()}
+
+    def _at_once(self, candidate: Candidate, observed: Update, distances: Distance) -> Tensor:
+        """The losses [V, T] of parts that take all candidates as they are."""
+        unit, scene = update_unit(self.template), Scene(self.victim, self.template)
+        loss = distances(_in_units(self._dummies(candidate), unit), _in_units(observed, unit))
+        return sum((prior(candidate, scene) for prior in self.priors.values()), loss)
+
+    def _mapped(self, one: Callable[..., Any], variables: Variables, seen: Seen, dummies: Update | None = None) -> Any:
         """``one``, which is asked like ``loss``, for every candidate [V, T]."""
         V, T = variables["pixels"].shape[:2]
 
-        def victim(variables: Variables, seen: Seen, buffers: Buffers) -> Any:
-            def restart(variables: Variables, labels: dict[str, Tensor], buffers: Buffers) -> Any:
-                return one(variables, seen._replace(labels=labels), buffers)
+        def victim(variables: Variables, seen: Seen, buffers: Buffers, dummies: Update) -> Any:
+            def restart(variables: Variables, labels: dict[str, Tensor], buffers: Buffers, dummy: Update) -> Any:
+                return one(variables, seen._replace(labels=labels), buffers, dummy)
 
-            return _mapped_over(T, restart)(variables, seen.labels, buffers)
+            return mapped_over(T, restart)(variables, seen.labels, buffers, dummies)
 
         # BatchNorm writes its statistics in place, which vmap allows only into tensors that are mapped too
         buffers = {k: v.expand(V, T, *v.shape) for k, v in self.template.buffers.items()}
-        return _mapped_over(V, victim)(variables, seen, buffers)
+        return mapped_over(V, victim)(variables, seen, buffers, dummies or {})
 
 
-def _mapped_over(size: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` for every row of its arguments. An axis of one is not mapped: every layer of vmap takes time with
-    every operation, and below none a wide network's kernels are faster."""
-    if size > 1:
-        return vmap(function)
-    return lambda *rows: tree_map(lambda t: t[None], function(*tree_map(lambda t: t[0], rows)))
-
-
-def _stack(dicts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    return {k: torch.stack([d[k].detach().to(device) for d in dicts]) for k in dicts[0]}
+def _backward(variables: Variables, losses: Callable[[Variables], Tensor]) -> tuple[Variables, Tensor]:
+    """The gradients of ``losses`` [V, T], of which none depends on another candidate's variables, and the losses."""
+    with torch.enable_grad():
+        leaves = {k: v.detach().requires_grad_() for k, v in variables.items()}
+        loss = losses(leaves)
+        if not loss.requires_grad:  # it depends on no variable
+            return {k: torch.zeros_like(v) for k, v in variables.items()}, loss
+        slopes = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, slopes, strict=True)), loss.detach()
 
 
 def _in_units(update: Update, unit: float) -> Update:
     return update if unit == 1 else {k: v / unit for k, v in update.items()}
-
-
-def _chunks(V: int, T: int, max_batch: int | None) -> list[tuple[slice, slice]]:
-    """Whole victims where their restarts fit, so that a target is used by all restarts at once; else single victims."""
-    size = max_batch or V * T
-    rows, columns = max(size // T, 1), min(T, size)
-    return [(slice(v, v + rows), slice(t, t + columns)) for v in range(0, V, rows) for t in range(0, T, columns)]

@@ -139,7 +139,7 @@ class Measured:
 
     def cuts(self, num_bins: int, measure: Callable[[int], Tensor]) -> Tensor:
         values = measure(self.num_examples)
-        far, known, cuts = FAR * values.std(), values.unique(), torch.quantile(values, _shares(num_bins))
+        far, known, cuts = FAR * values.std(), torch.unique(values), torch.quantile(values, _shares(num_bins))
         larger = torch.cat([known[1:], known[-1:] + far])[torch.searchsorted(known, cuts).clamp(max=len(known) - 1)]
         moved = torch.where(torch.isin(cuts, known), (cuts + larger) / 2, cuts)
         return torch.cat([values.min()[None] - far, moved])

@@ -129,7 +129,8 @@ class Search:
         move = self.optimizer.step(now.variables, now.optimizer, evaluate, moment)
         now = _keep_best(now, move.loss)
         proposed = self.clamp(move.variables)
-        dead = torch.stack([~v.isfinite().flatten(2).all(2) for v in proposed.values()]).any(0)
+        # the largest magnitude is no number where one of them is none
+        dead = torch.stack([~v.flatten(2).abs().amax(2).isfinite() for v in proposed.values()]).any(0)
         frozen = now.frozen | move.settled | dead
         if self.stop_below is not None:
             frozen = frozen | (now.best_loss < self.stop_below)

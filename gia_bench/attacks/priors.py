@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,18 @@ from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge
 from gia_bench.values import Observation
 
+IMAGES = (-4, -3, -2, -1)
+"""The axes of one candidate, [B, C, H, W]."""
+
 
 class Prior(ABC):
-    """A penalty on one candidate: a scalar that is added to the distance."""
+    """A penalty on one candidate: a scalar that is added to the distance.
+
+    leading_axes: whether it also takes candidates with more axes in front, [..., B, C, H, W], and gives a penalty for
+    each, [...].
+    """
+
+    leading_axes: ClassVar[bool] = False
 
     @property
     def requires(self) -> Knowledge:
@@ -44,6 +53,7 @@ class TotalVariation(Prior):
     Images of one pixel's width or height have no variation in that direction.
     """
 
+    leading_axes: ClassVar[bool] = True
     weight: float
 
     def __post_init__(self) -> None:
@@ -64,6 +74,7 @@ class PaddedTotalVariation(Prior):
     G - B too (one-channel images have none; any other number of channels than one and three is refused).
     """
 
+    leading_axes: ClassVar[bool] = True
     weight: float
     inner: float = 1.0
     outer: float = 1.0
@@ -90,9 +101,9 @@ class PaddedTotalVariation(Prior):
         # moved by a pixel, with zeros for what comes in: fewer operations than slices of a padded image
         dx, dy = ((nn.functional.pad(x, by) - x).abs() for by in ((-1, 1), (0, 0, -1, 1)))
         if self.inner == self.outer == 1:
-            return self.weight * ((dx + dy).mean() + 2 * self.eps)
+            return self.weight * ((dx + dy).mean(IMAGES) + 2 * self.eps)
         across, down = ((d + self.eps).pow(self.inner) for d in (dx, dy))
-        return self.weight * (across + down).pow(self.outer).mean()
+        return self.weight * (across + down).pow(self.outer).mean(IMAGES)
 
 
 @final
@@ -102,6 +113,7 @@ class IsotropicTotalVariation(Prior):
     the same in any direction. eps keeps the gradient finite where an image is flat.
     """
 
+    leading_axes: ClassVar[bool] = True
     weight: float
     eps: float = 1e-8
 
@@ -113,7 +125,7 @@ class IsotropicTotalVariation(Prior):
         x = candidate.pixels
         dx, dy = x.diff(dim=-1)[..., :-1, :], x.diff(dim=-2)[..., :-1]
         lengths = (dx.square() + dy.square() + self.eps).sqrt()
-        return self.weight * lengths.sum() / max(lengths.numel(), 1)
+        return self.weight * lengths.sum(IMAGES) / max(lengths.shape[IMAGES[0] :].numel(), 1)
 
 
 @final
@@ -121,6 +133,7 @@ class IsotropicTotalVariation(Prior):
 class PixelRange(Prior):
     """weight * the mean squared distance of the image's values from [0, 1]: a soft form of ``boxed``."""
 
+    leading_axes: ClassVar[bool] = True
     weight: float
 
     def __post_init__(self) -> None:
@@ -128,7 +141,7 @@ class PixelRange(Prior):
 
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
         x = candidate.inputs
-        return self.weight * (x - x.clamp(0, 1)).square().mean()
+        return self.weight * (x - x.clamp(0, 1)).square().mean(IMAGES)
 
 
 @final
@@ -136,14 +149,15 @@ class PixelRange(Prior):
 class Norm(Prior):
     """weight * mean x^2 / 2 (breaching's norm with p = 2)."""
 
+    leading_axes: ClassVar[bool] = True
     weight: float
 
     def __post_init__(self) -> None:
         check(self.weight >= 0, "norm.weight", self.weight, "at least 0")
 
     def __call__(self, candidate: Candidate, scene: Scene) -> Tensor:
-        return self.weight * candidate.pixels.square().mean() / 2
+        return self.weight * candidate.pixels.square().mean(IMAGES) / 2
 
 
 def _mean_abs(x: Tensor) -> Tensor:
-    return x.abs().sum() / max(x.numel(), 1)
+    return x.abs().sum(IMAGES) / max(x.shape[IMAGES[0] :].numel(), 1)

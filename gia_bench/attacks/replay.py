@@ -32,6 +32,11 @@ class Replay(ABC):
         """The labels [restarts or 1, copies * B] of the guesses, from labels [B] in whatever order."""
         return labels[None]
 
+    def multiple(self, observation: Observation) -> float | None:
+        """The factor where ``update`` is nothing but a multiple of one gradient of the mean loss over all guesses; else
+        None."""
+        return None
+
     @abstractmethod
     def update(self, batch: Batch, scene: Scene) -> Update:
         """The update of guesses [copies * B, ...], differentiable in them."""
@@ -54,6 +59,9 @@ class OneStep(Replay):
     and others; here also the form for the aggregate of several clients, whose steps cannot be told apart).
     """
 
+    def multiple(self, observation: Observation) -> float | None:
+        return update_unit(observation)
+
     def update(self, batch: Batch, scene: Scene) -> Update:
         return _one_step(batch, scene)
 
@@ -69,6 +77,12 @@ class LocalSteps(Replay):
 
     def arrange(self, labels: Tensor, observation: Observation, seed: int, restarts: int) -> Tensor:
         return _shuffled(labels, 1, seed, restarts) if _ordered(observation) else labels[None]
+
+    def multiple(self, observation: Observation) -> float | None:
+        local = observation.local
+        if local is None or observation.num_clients > 1:
+            return update_unit(observation)
+        return local.multiple(observation.num_examples or 0)
 
     def update(self, batch: Batch, scene: Scene) -> Update:
         local = scene.observation.local

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from gia_bench.models.functional import Victim
@@ -35,30 +34,32 @@ class PixelSpace:
     """The coordinates in which images are searched: as the network sees them, normalised where the victim normalises.
 
     The references search there (Geiping et al. 2020), so that a learning rate, a total variation and a standard normal
-    guess mean what they mean in the papers. mean, std: [C, 1, 1].
+    guess mean what they mean in the papers. mean, std: [C, 1, 1]; same: whether pixels are the images.
     """
 
     mean: Tensor
     std: Tensor
+    same: bool = False
 
     @classmethod
     def of(cls, victim: Victim, like: Tensor) -> PixelSpace:
         """The victim's normalisation, in the dtype and on the device of ``like``."""
         if victim.mean is None or victim.std is None:
-            return cls(like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1))
-        return cls(*(t.to(like).view(-1, 1, 1) for t in (victim.mean, victim.std)))
+            return cls(like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1), same=True)
+        mean, std = (t.to(like).view(-1, 1, 1) for t in (victim.mean, victim.std))
+        return cls(mean, std)
 
     def decode(self, pixels: Tensor) -> Tensor:
         """Images in [0, 1] (not clamped)."""
-        return pixels * self.std + self.mean
+        return pixels if self.same else pixels * self.std + self.mean
 
     def encode(self, images: Tensor) -> Tensor:
         """The inverse of ``decode``."""
-        return (images - self.mean) / self.std
+        return images if self.same else (images - self.mean) / self.std
 
     def clamp(self, pixels: Tensor) -> Tensor:
         """The nearest pixels whose images lie in [0, 1]."""
-        return torch.maximum(torch.minimum(pixels, (1 - self.mean) / self.std), -self.mean / self.std)
+        return pixels.clamp(-self.mean / self.std, (1 - self.mean) / self.std)
 
 
 def update_unit(observation: Observation) -> float:

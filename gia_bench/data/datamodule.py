@@ -14,8 +14,8 @@ from gia_bench.data.cohort import Cohort
 from gia_bench.data.partition import Partition
 from gia_bench.data.source import Dataset
 from gia_bench.errors import ConfigError
-from gia_bench.federated.local import LocalWork
 from gia_bench.federated.sampling import expected_examples
+from gia_bench.federated.work import LocalWork
 from gia_bench.seeding import stream
 
 

@@ -13,7 +13,7 @@ from gia_bench.values import Batch, Buffers, Examples, Noise, Observation, Param
 from gia_bench.wire import DENSE, Codec
 
 if TYPE_CHECKING:
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
     from gia_bench.models.functional import Victim
 
 AskClient: TypeAlias = Callable[[int], tuple[Update, State]]

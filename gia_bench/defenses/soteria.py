@@ -19,7 +19,7 @@ from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, U
 from gia_bench.wire import SPARSE, Codec
 
 if TYPE_CHECKING:
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
 
 
 @final

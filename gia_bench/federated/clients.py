@@ -10,8 +10,9 @@ import torch
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.federated.execution import ClientInputs, ClientOutputs, ClientWork
-from gia_bench.federated.local import UNDEFENDED, LocalResult
+from gia_bench.federated.local import UNDEFENDED
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalResult
 from gia_bench.seeding import stream
 from gia_bench.values import Params, Shared, State, Update
 

@@ -9,7 +9,7 @@ from gia_bench.defenses.base import Defense
 from gia_bench.errors import ConfigError, choices
 from gia_bench.federated.aggregation import Aggregation, Plain
 from gia_bench.federated.execution import Executor
-from gia_bench.federated.local import LocalWork
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.values import Buffers, Params, State
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from gia_bench.errors import ConfigError
 from gia_bench.federated.execution import Executor
-from gia_bench.federated.local import LocalWork
 from gia_bench.federated.states import check_storage
 from gia_bench.federated.steps import decay
+from gia_bench.federated.work import LocalWork
 
 
 @final

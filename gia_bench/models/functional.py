@@ -114,14 +114,16 @@ class Victim:
         output, after = self._output(params, buffers, inputs, training)
         return (output.logits if isinstance(output, Penalised) else output), after
 
-    def objective(self, params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
-        """Mean loss over the real examples of one batch [B, ...] (scalar), and the buffers after it. A model's own
-        penalty is part of the loss."""
-        output, after = self._output(params, buffers, batch.inputs, None)
+    def losses(self, params: Params, buffers: Buffers, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Buffers]:
+        """The loss of every example [B], and the buffers after it. A model's own penalty is part of the loss."""
+        output, after = self._output(params, buffers, inputs, None)
         if isinstance(output, Penalised):
-            losses = self.loss(output.logits, batch.labels) + output.penalty
-        else:
-            losses = self.loss(output, batch.labels)
+            return self.loss(output.logits, labels) + output.penalty, after
+        return self.loss(output, labels), after
+
+    def objective(self, params: Params, buffers: Buffers, batch: Batch) -> tuple[Tensor, Buffers]:
+        """Mean loss over the real examples of one batch [B, ...] (scalar), and the buffers after it."""
+        losses, after = self.losses(params, buffers, batch.inputs, batch.labels)
         return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1), after
 
     def _output(

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from typing import Any, final
 
-from gia_bench.federated.local import LocalWork
+from gia_bench.federated.work import LocalWork
 from gia_bench.values import Observation
 
 _TENSORS = ("params", "update", "buffers", "shared", "labels", "num_examples", "num_clients", "sent_buffers")

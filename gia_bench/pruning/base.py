@@ -12,7 +12,7 @@ from gia_bench.models.functional import Victim
 from gia_bench.values import Batch, Examples, Params, State, Update
 
 if TYPE_CHECKING:
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
 
 
 class Trained(NamedTuple):

@@ -20,7 +20,7 @@ from gia_bench.values import Batch, Examples, Params, State, Update
 from gia_bench.wire import bits_of
 
 if TYPE_CHECKING:
-    from gia_bench.federated.local import LocalWork
+    from gia_bench.federated.work import LocalWork
 
 
 @final

@@ -22,10 +22,11 @@ from gia_bench.defenses.base import Defense
 from gia_bench.errors import IncompatibleError
 from gia_bench.federated.aggregation import Plain
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.secure import Secure
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.pruning.pruned import Pruned
 from gia_bench.seeding import seeded, stream

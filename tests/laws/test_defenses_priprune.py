@@ -21,9 +21,10 @@ from gia_bench.defenses.priprune import WITHHELD, PriPrune
 from gia_bench.defenses.priprune_masks import LOGITS, FixedRate, LearnedRates
 from gia_bench.errors import ConfigError
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.pruning.feddst import FedDST
 from gia_bench.pruning.pruned import with_pruning

@@ -25,10 +25,11 @@ from gia_bench.defenses.mixup import MixUp
 from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.sampling import expected_examples
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Batch, Params, Update

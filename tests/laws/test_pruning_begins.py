@@ -29,9 +29,9 @@ from pruning_problems import (
 from gia_bench.defenses.base import Defense
 from gia_bench.defenses.none import NoDefense
 from gia_bench.federated.execution import Vmap
-from gia_bench.federated.local import LocalWork
 from gia_bench.federated.round import play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.pruning.initial import InitialPruning
 from gia_bench.pruning.pruned import OWN, Pruned
 from gia_bench.pruning.prunefl import PruneFL

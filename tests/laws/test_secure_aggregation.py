@@ -23,11 +23,12 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, IncompatibleError, NonFiniteError, WireError
 from gia_bench.federated.aggregation import Aggregation, Meeting, Plain
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, LocalWork
+from gia_bench.federated.local import FedAvg
 from gia_bench.federated.ranks import Alone, Ranks
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.secure import KEYS, SEALED, SHARE, TOTAL_WEIGHT, Secure
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.pruning.pruned import Pruned
 from gia_bench.pruning.random_mask import RandomMask

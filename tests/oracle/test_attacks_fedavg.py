@@ -16,7 +16,8 @@ from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.replay import EpochAverage, LocalSteps, OneStep, Replay
 from gia_bench.attacks.scene import Candidate, PixelSpace, Scene, update_unit
 from gia_bench.defenses.none import NoDefense
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.values import Batch, Observation, Update
 

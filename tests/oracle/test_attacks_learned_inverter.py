@@ -31,9 +31,10 @@ from gia_bench.defenses.quantize import SignSGD
 from gia_bench.defenses.top_k import TopK
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.execution import Loop
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded
 from gia_bench.threat import Knowledge

@@ -23,9 +23,10 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.aggregation import Aggregation, Plain
 from gia_bench.federated.execution import Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.secure import Secure
+from gia_bench.federated.work import LocalWork
 from gia_bench.metrics.assignment import match
 from gia_bench.metrics.images import psnr_db
 from gia_bench.models.functional import Victim

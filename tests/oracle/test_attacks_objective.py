@@ -73,13 +73,27 @@ def test_the_gradient_equals_a_loop_of_double_backward_passes(
             torch.testing.assert_close(gradient["pixels"][v, t], expected_gradient, rtol=1e-8, atol=1e-12)
 
 
+class Doubled(nn.Module):
+    """Uses its weights in a way that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 64, generator=torch.Generator().manual_seed(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.flatten(1).sigmoid(), 2 * self.weight)
+
+
 @pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("name", ["_layerwise_step", "_quick_step"])
 def test_one_backward_pass_for_all_candidates_is_used_only_where_it_agrees(
-    wrong: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through some normalisations under vmap it does not."""
-    p = problem(3, dtype=torch.float64)
-    pixels, calls, quick = {"pixels": guesses(p, restarts=2)}, [], Group._quick_step
+    p = problem(3, module=None if name == "_layerwise_step" else Doubled(), dtype=torch.float64)
+    pixels, calls, quick = {"pixels": guesses(p, restarts=2)}, [], getattr(Group, name)
+    if name == "_layerwise_step" and wrong:
+        monkeypatch.setattr(Group, "_quick_step", Group._step)  # what comes next, and is right
 
     def watched(group: Group, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         calls.append(len(variables["pixels"]))
@@ -88,7 +102,7 @@ def test_one_backward_pass_for_all_candidates_is_used_only_where_it_agrees(
         factor = torch.tensor([1.0, 1.01 if wrong else 1.0]).view(1, 2, 1, 1, 1, 1)
         return {"pixels": slope["pixels"] * factor}, loss
 
-    monkeypatch.setattr(Group, "_quick_step", watched)
+    monkeypatch.setattr(Group, name, watched)
     group = group_of(p).computed(PLAIN, pixels)
     assert calls == [2], "compared once"
     loss, gradient = group.evaluate(pixels)
@@ -98,25 +112,32 @@ def test_one_backward_pass_for_all_candidates_is_used_only_where_it_agrees(
     torch.testing.assert_close(gradient["pixels"], expected[1]["pixels"], rtol=1e-8, atol=1e-12)
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-    "resnet20": (lambda: cifar_resnet((3, 16, 16), 4, width=4), False),
-    "resnet18": (lambda: resnet((3, 16, 16), 4, width=4), False),
-    "convnet": (lambda: convnet((3, 16, 16), 4, width=4), False),
-    "vit_april": (lambda: vit_april((3, 16, 16), 4, patch_size=8, dim=12, heads=2), False),
-    "lenet": (lambda: lenet((3, 16, 16), 4), True),
-    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(), nn.Linear(9, 4)), True),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "resnet20": (lambda: cifar_resnet((3, 16, 16), 4, width=4), "_step", "_layerwise_step"),
+    "resnet18": (lambda: resnet((3, 16, 16), 4, width=4), "_step", "_layerwise_step"),
+    "convnet": (lambda: convnet((3, 16, 16), 4, width=4), "_step", "_layerwise_step"),
+    "padded by a word": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(), nn.Linear(1024, 4)),
+        *2 * ("_quick_step",),
+    ),
+    "vit_april": (lambda: vit_april((3, 16, 16), 4, patch_size=8, dim=12, heads=2), "_step", "_step"),
+    "lenet": (lambda: lenet((3, 16, 16), 4), "_layerwise_step", "_layerwise_step"),
+    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(inplace=True), nn.Linear(9, 4)),)
+    + 2 * ("_layerwise_step",),
 }
-"""Networks of the zoo, and whether one backward pass through all candidates is right."""
+"""Networks of the zoo, and how they are searched where they train and in evaluation mode."""
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_the_zoo_are_searched_with_their_true_gradient(name: str) -> None:
+def test_networks_of_the_zoo_are_searched_with_their_true_gradient(name: str, training: bool) -> None:
     """Deep ones hide a wrong second derivative of a normalisation among what single precision rounds: in double."""
-    make, quick = NETWORKS[name]
+    make, *ways = NETWORKS[name]
     p = problem(2, batch=2, shape=(3, 16, 16), module=make(), dtype=torch.float64)
+    p = dataclasses.replace(p, victim=dataclasses.replace(p.victim, training=training))
     pixels, group = {"pixels": guesses(p, restarts=2)}, group_of(p)
     chosen = group.computed(PLAIN, pixels)
-    assert group._agrees_with(dataclasses.replace(group, step=group._quick_step), pixels) == quick
+    assert getattr(chosen.step, "__name__", "") == ways[0 if training else 1]
     (loss, gradient), (expected, true) = chosen.evaluate(pixels), group.evaluate(pixels)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     scale = float(true["pixels"].abs().max())

@@ -125,6 +125,8 @@ def test_sgi_beats_inverting_gradients_on_pruned_updates_and_equals_it_on_whole_
         for a in (masked, plain)
     ]  # fmt: skip
     assert quality[0].median() > quality[1].median()
+    # in double precision: signs of the smallest slopes would hang on the order in which numbers are added
+    p = problem(1, shape=(1, 16, 16), width=12, dtype=torch.float64)
     whole = [dataclasses.replace(a, steps=3).reconstruct(p.observations[0], p.victim) for a in (masked, plain)]
     torch.testing.assert_close(whole[0].inputs, whole[1].inputs)
 

@@ -19,7 +19,8 @@ from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.noise import Gaussian, GaussianNoise
 from gia_bench.defenses.top_k import TopK
 from gia_bench.errors import ConfigError, IncompatibleError
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.pruning.none import NoPruning
 from gia_bench.pruning.pruned import Pruned

@@ -25,9 +25,10 @@ from gia_bench.defenses.mixup import InstaHide, MixUp, cycle
 from gia_bench.defenses.soteria import Soteria
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim, binary_cross_entropy
 from gia_bench.pruning.pruned import Pruned
 from gia_bench.pruning.random_mask import RandomMask

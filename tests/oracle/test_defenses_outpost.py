@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gia_bench.defenses.outpost import Outpost
 from gia_bench.errors import ConfigError
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Batch, Noise, Observation, Params, Update

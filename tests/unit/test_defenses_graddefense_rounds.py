@@ -23,9 +23,10 @@ from gia_bench.defenses.sensitivity import LayerSize, Sensitivity
 from gia_bench.defenses.slices import energies
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded, stream
 from gia_bench.threat import Knowledge

@@ -23,10 +23,11 @@ from gia_bench.defenses.dp_accounting import epsilon
 from gia_bench.defenses.dp_sgd import DPSGD
 from gia_bench.defenses.none import NoDefense
 from gia_bench.federated.execution import Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.module import FederatedModule
 from gia_bench.federated.rules import Rules
 from gia_bench.federated.schedule import Schedule, ServerOptimizer
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.probes.privacy import PrivacyProbe, Spending, accounted, worst
 from gia_bench.pruning.none import NoPruning

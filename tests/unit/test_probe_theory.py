@@ -21,9 +21,10 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.defenses.outpost import Outpost
 from gia_bench.defenses.top_k import TopK
 from gia_bench.federated.execution import Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.probes.theory import measure, shares, undefended
 from gia_bench.seeding import seeded, stream

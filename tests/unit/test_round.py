@@ -19,10 +19,11 @@ from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import ConfigError, NonFiniteError
 from gia_bench.federated.clients import Clients
 from gia_bench.federated.execution import Executor, Loop, Vmap
-from gia_bench.federated.local import FedAvg, FedSGD, LocalWork
+from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.federated.round import Round, play_round
 from gia_bench.federated.rules import Rules, Server
 from gia_bench.federated.steps import decay
+from gia_bench.federated.work import LocalWork
 from gia_bench.models.functional import Victim
 from gia_bench.seeding import seeded, stream
 from gia_bench.values import Noise, Params, Shared, State, Update
