@@ -46,10 +46,18 @@ def check_types(settings: Any, path: str) -> None:
 
 def check_call(target: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
     """The same for the arguments of one call."""
-    for name, parameter in inspect.signature(target).parameters.items():
+    for name, parameter in signature_of(target).parameters.items():
         # a string, since every module postpones its annotations
         if name in arguments:
             check_value(arguments[name], str(parameter.annotation), f"{path}.{name}")
+
+
+def signature_of(target: Callable[..., Any]) -> inspect.Signature:
+    """What a call takes: a preset, which takes any ``**parts``, what the class of its result takes."""
+    signature = inspect.signature(target)
+    if inspect.isfunction(target) and any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return inspect.signature(target.__globals__[target.__annotations__["return"]])
+    return signature
 
 
 def check_value(value: Any, declared: str, path: str) -> None:

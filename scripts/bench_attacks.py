@@ -5,7 +5,7 @@ Cosine distance + total variation in breaching's scale, signed Adam, images kept
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import bench_breaching as peer
@@ -129,16 +129,25 @@ def bench_convnet(table: Table, steps: int = 10) -> None:
             table.add_row("the same by breaching", ABSENT, "")
 
 
-def bench_quality(table: Table, victims: int = 8, steps: int = 600) -> None:
+def bench_quality(table: Table) -> None:
     """The same number of steps on the same photographs: what both rebuild, and what other arithmetic changes."""
+    others = [Arithmetic(compile=True), Arithmetic(precision="bf16")]
+    others += [Arithmetic(precision="tf32")] if DEVICE.type == "cuda" else []
+    beside_breaching(table, "DLG-LeNet", victim(lenet_zhu), victims=8, steps=600, others=others)
+    network = victim(convnet, init="default", normalize=True, training=False)
+    beside_breaching(table, "ConvNet64 in evaluation mode", network, victims=4, steps=100)
+
+
+def beside_breaching(
+    table: Table, name: str, model: Victim, victims: int, steps: int, others: Sequence[Arithmetic] = ()
+) -> None:
     source = photographs()
     if source is None:
-        table.add_row("PSNR beside breaching", "no CIFAR-10 at hand; see GIA_BENCH_DATA", "")
+        table.add_row(f"PSNR beside breaching, {name}", "no CIFAR-10 at hand; see GIA_BENCH_DATA", "")
         return
     chosen = [i for i in range(len(source.train)) if i not in source.unfit_targets][:victims]
     truth, labels = source.train.images(torch.tensor(chosen)).to(DEVICE), source.train.labels[chosen]
-    model, weight = victim(lenet_zhu), 1e-4
-    seen = observed(model, truth, labels)
+    weight, seen = 1e-4, observed(model, truth, labels)
 
     def row(name: str, found: list[torch.Tensor], took: float) -> None:
         scores = psnr_db(torch.cat(found).clamp(0, 1), truth).sort().values
@@ -155,15 +164,13 @@ def bench_quality(table: Table, victims: int = 8, steps: int = 600) -> None:
         took = seconds(run, repeats=1, warm=False)
         return found, took
 
-    row(f"PSNR, {victims} photographs, DLG-LeNet, {steps} steps", *rebuilt(PLAIN))
-    for other in (Arithmetic(compile=True), Arithmetic(precision="bf16"), Arithmetic(precision="tf32")):
-        name = f"the same, compile={other.compile}, {other.precision}"
-        if other.precision == "tf32" and DEVICE.type != "cuda":
-            continue
+    row(f"PSNR, {victims} photographs, {name}, {steps} steps", *rebuilt(PLAIN))
+    for other in others:
+        same = f"the same, compile={other.compile}, {other.precision}"
         try:
-            row(name, *rebuilt(other))
+            row(same, *rebuilt(other))
         except ConfigError as refused:  # not equal enough on the first guesses: that is a result too
-            table.add_row(name, "refused", str(refused).partition(":")[2].partition(";")[0].strip())
+            table.add_row(same, "refused", str(refused).partition(":")[2].partition(";")[0].strip())
     if peer.installed() is None:
         table.add_row("the same by breaching", ABSENT, "")
         return

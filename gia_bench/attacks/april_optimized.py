@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Unpack, final
 
 from torch import Tensor
 
-from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
 from gia_bench.attacks.checks import check
 from gia_bench.attacks.distances import Cosine, Distance, Euclidean
-from gia_bench.attacks.group import STEPS
-from gia_bench.attacks.initial import Initial, Randn
-from gia_bench.attacks.matching import GradientMatching
-from gia_bench.attacks.optimizers import Adam, Optimizer
-from gia_bench.attacks.priors import Prior
-from gia_bench.attacks.replay import Replay
-from gia_bench.attacks.schedules import Schedule, StepDecay
+from gia_bench.attacks.initial import Randn
+from gia_bench.attacks.matching import GradientMatching, Parts
+from gia_bench.attacks.optimizers import Adam
+from gia_bench.attacks.schedules import StepDecay
 from gia_bench.errors import IncompatibleError
 from gia_bench.values import Update
 
@@ -54,44 +50,22 @@ class WithPositions:
         return self.distance(dummy, observed) + self.weight * COSINE(dummy, positions)
 
 
-POSITIONS, OPTIMIZER, RANDN, DECAY = WithPositions(), Adam(lr=0.1), Randn(), StepDecay()
-NOTHING: Mapping[str, Prior] = {}
+APRIL_OPTIMIZED: Parts = {
+    "steps": 5_000,
+    "labels": "auto",
+    "distance": WithPositions(),
+    "optimizer": Adam(lr=0.1),
+    "schedule": StepDecay(),
+    "initial": Randn(),
+    "snapshot_every": 250,
+}
 
 
-def april_optimized(
-    *,
-    steps: int = 5_000,
-    restarts: int = 1,
-    labels: str = "auto",
-    boxed: bool = False,
-    distance: Distance = POSITIONS,
-    optimizer: Optimizer = OPTIMIZER,
-    schedule: Schedule = DECAY,
-    initial: Initial = RANDN,
-    priors: Mapping[str, Prior] = NOTHING,
-    replay: Replay = STEPS,
-    max_batch: int | str | None = None,
-    arithmetic: Arithmetic = PLAIN,
-    snapshot_every: int = 250,
-) -> GradientMatching:
+def april_optimized(**parts: Unpack[Parts]) -> GradientMatching:
     """The squared distance of all gradients plus the cosine distance of the positions', for any transformer with a
     learnable position embedding and any number of examples.
 
     The paper's two terms; its weight between them, optimiser, steps and learning rate are gia_bench choices. Arguments:
     see ``GradientMatching``.
     """
-    return GradientMatching(
-        distance=distance,
-        optimizer=optimizer,
-        schedule=schedule,
-        initial=initial,
-        priors=priors,
-        replay=replay,
-        labels=labels,
-        steps=steps,
-        restarts=restarts,
-        boxed=boxed,
-        max_batch=max_batch,
-        arithmetic=arithmetic,
-        snapshot_every=snapshot_every,
-    )
+    return GradientMatching(**(APRIL_OPTIMIZED | parts))

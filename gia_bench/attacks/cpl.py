@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from gia_bench.attacks.arithmetic import PLAIN, Arithmetic
-from gia_bench.attacks.distances import Distance, Euclidean
-from gia_bench.attacks.initial import Initial, Patterned
+from typing import Unpack
+
+from gia_bench.attacks.distances import Euclidean
+from gia_bench.attacks.initial import Patterned
 from gia_bench.attacks.lbfgs import LBFGS
-from gia_bench.attacks.matching import GradientMatching
-from gia_bench.attacks.optimizers import Optimizer
+from gia_bench.attacks.matching import GradientMatching, Parts
 
-EUCLIDEAN, OPTIMIZER, PATTERNED = Euclidean(), LBFGS(), Patterned(width=16)
+CPL: Parts = {
+    "steps": 300,
+    "labels": "idlg",
+    "distance": Euclidean(),
+    "optimizer": LBFGS(),
+    "initial": Patterned(width=16),
+    "snapshot_every": 10,
+}
 
 
-def cpl(
-    *,
-    steps: int = 300,
-    restarts: int = 1,
-    labels: str = "idlg",
-    distance: Distance = EUCLIDEAN,
-    optimizer: Optimizer = OPTIMIZER,
-    initial: Initial = PATTERNED,
-    max_batch: int | str | None = None,
-    arithmetic: Arithmetic = PLAIN,
-    snapshot_every: int = 10,
-) -> GradientMatching:
+def cpl(**parts: Unpack[Parts]) -> GradientMatching:
     """iDLG from a guess that repeats one tile: the label is read, then L-BFGS over the image alone.
 
     Defaults: the released code's (tile of 16x16, 300 outer steps); the tile is standard normal, as in breaching. The
-    task loss that breaching adds to the objective is not here. Arguments: see ``GradientMatching``.
+    task loss that breaching adds to the objective is not here. Takes all parts of ``GradientMatching``.
     """
-    return GradientMatching(
-        distance=distance,
-        optimizer=optimizer,
-        initial=initial,
-        labels=labels,
-        steps=steps,
-        restarts=restarts,
-        max_batch=max_batch,
-        arithmetic=arithmetic,
-        snapshot_every=snapshot_every,
-    )
+    return GradientMatching(**(CPL | parts))

@@ -1,4 +1,5 @@
-"""How far one dummy update is from the observed one. Each is written for one pair and mapped over candidates.
+"""How far one dummy update is from the observed one. Each is written for one pair and mapped over candidates; some
+also take many pairs as they are (``OfMany``).
 
 The observed update names the tensors that count: a threat model (or a wrapping distance) that shows fewer layers passes
 fewer tensors.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from gia_bench.values import Update
 
 Distance: TypeAlias = Callable[[Update, Update], Tensor]
 """(dummy update, observed update) -> scalar, 0 where they agree. Twice differentiable in the first."""
+
+
+class OfMany(Protocol):
+    """A distance that also takes many pairs at once."""
+
+    def of_many(self, dummies: Update, observed: Update) -> Tensor:
+        """dummies [V, T, ...] and observed [V, ...] -> [V, T]. Differentiable once, which is all that is asked where
+        the dummies are gradients already."""
+        ...
 
 
 @final
@@ -51,7 +61,7 @@ class L1:
 
 @final
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(OfMany):
     """1 - the cosine of the angle between the updates, all tensors as one vector; in [0, 2] (Geiping et al. 2020)."""
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
@@ -62,10 +72,10 @@ class Cosine:
         return 1 - _over_norms(dot, own, seen)
 
     def of_many(self, dummies: Update, observed: Update) -> Tensor:
-        """The same of many pairs at once, dummies [V, T, ...] and observed [V, ...] -> [V, T], in half the time; once
-        differentiable."""
-        own = torch.cat([dummies[k].flatten(2) for k in observed], dim=2)
-        seen = torch.cat([u[:, None].flatten(2) for u in observed.values()], dim=2)
+        """The same, in half the time."""
+        V, T = next(iter(dummies.values())).shape[:2]
+        own = torch.cat([dummies[k].reshape(V, T, -1) for k in observed], dim=2)
+        seen = torch.cat([u.reshape(V, 1, -1) for u in observed.values()], dim=2)
         cosines: Tensor = _Cosines.apply(own, seen)
         return 1 - cosines
 

@@ -14,7 +14,7 @@ from torch.func import grad_and_value
 from gia_bench.attacks.adaptive import Constraint, Informed
 from gia_bench.attacks.arithmetic import PLAIN, PRECISIONS, Arithmetic, Step, farthest, normalises
 from gia_bench.attacks.axes import chunks, mapped_over, stack
-from gia_bench.attacks.distances import Cosine, Distance
+from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.layerwise import explained, gradients
 from gia_bench.attacks.memory import free_bytes, largest_batch, peak_bytes
 from gia_bench.attacks.optimizers import Variables
@@ -73,8 +73,9 @@ class Group:
     ) -> Group:
         """Stacks the victims on the device of the model's parameters. ``labels``: as taken by the attack, [B] or
         [T, B] each."""
-        first = observations[0]
-        params = {k: v.detach() for k, v in first.params.items()}
+        first, head = observations[0], victim.head or ()
+        # the head stands last, wherever the module has it: who mutes the last layer of an update means the head
+        params = {k: first.params[k].detach() for k in sorted(first.params, key=lambda k: k in head)}
         # an attacker who is not shown the statistics has those of the model as it is published
         buffers = {**victim.initial()[1], **first.buffers}
         device = next(iter(params.values())).device
@@ -188,9 +189,7 @@ class Group:
         alone = self.max_batch == 1 or V == T == 1
         images = self.space.decode(start["pixels"][0, 0])
         ways: list[Step] = []
-        if self.replay.multiple(self.template) is not None and (
-            alone or (not self.victim.batch_coupled and explained(self.victim, params, buffers, images))
-        ):
+        if self.replay.multiple(self.template) is not None and (alone or explained(self.victim, params, buffers)):
             ways.append(self._layerwise_step)
         if alone or not normalises(lambda: self.victim.logits(params, buffers, images)):
             ways.append(self._quick_step)
@@ -209,7 +208,8 @@ class Group:
         other = dataclasses.replace(self, step=PLAIN.step(way, start["pixels"]))
         (slope, loss), (others, other_loss) = (group._part(guesses, some, restarts) for group in (self, other))
         telling = all(bool(g.isfinite().all() and g.any()) for g in slope.values())
-        return telling and farthest((loss, slope), (other_loss, others)).error <= PRECISIONS["fp32"]
+        allowed = PRECISIONS["fp32"] if loss.dtype == torch.float32 else 1e-9
+        return telling and farthest((loss, slope), (other_loss, others)).error <= allowed
 
     def _part(self, variables: Variables, victims: slice | Tensor, restarts: slice) -> tuple[Variables, Tensor]:
         """Gradients and losses of some victims and restarts."""
@@ -236,10 +236,12 @@ class Group:
     def _layerwise_step(self, variables: Variables, seen: Seen) -> tuple[Variables, Tensor]:
         """One backward pass through all dummy updates, which are found layer by layer, and what is made of them: also
         at once, where all parts of the loss can do that."""
+        of_many = getattr(self.distance, "of_many", None)  # see OfMany
         simple = self.template.defense is None and not self.constraints
-        if simple and isinstance(self.distance, Cosine) and all(p.leading_axes for p in self.priors.values()):
-            apart = self.distance.of_many
-            return _backward(variables, lambda leaves: self._at_once(self._candidate(leaves, seen), seen.update, apart))
+        if of_many and simple and all(prior.leading_axes for prior in self.priors.values()):
+            return _backward(
+                variables, lambda leaves: self._at_once(self._candidate(leaves, seen), seen.update, of_many)
+            )
         return _backward(
             variables,
             lambda leaves: self._mapped(self.loss, leaves, seen, self._dummies(self._candidate(leaves, seen))),
@@ -250,7 +252,8 @@ class Group:
         shared, (V, T, B) = self.template, candidate.pixels.shape[:3]
         inputs, labels = candidate.inputs.flatten(0, 1), candidate.labels.flatten(0, 1)
         batch = Batch(inputs, labels, candidate.pixels.new_ones(V * T, B))
-        found, factor = gradients(self.victim, shared.params, shared.buffers, batch), self.replay.multiple(shared) or 1
+        found, factor = gradients(self.victim, shared.params, shared.buffers, batch), self.replay.multiple(shared)
+        assert factor is not None, "else this way is not taken"
         return {k: (g if factor == 1 else g * factor).view(V, T, *g.shape[1:]) for k, g in found.items()}
 
     def _at_once(self, candidate: Candidate, observed: Update, distances: Distance) -> Tensor:

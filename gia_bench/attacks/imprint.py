@@ -23,6 +23,7 @@ from gia_bench.values import Examples, Observation, Reconstruction
 
 FAR = 10.0
 """The lowest bin begins this many standard deviations below the centre, so that every image lies above (reference)."""
+GOLDEN = (3 - math.sqrt(5)) / 2
 LABELS_READ = tuple(name for name in METHODS if name != "joint")
 
 Functional: TypeAlias = Callable[[int, torch.Generator], Tensor]
@@ -122,8 +123,9 @@ class Laplace:
 class Measured:
     """Quantiles of what public examples give (gia_bench choice; the paper has the server know the distribution).
 
-    A quantile that is such a value itself is moved half way to the next larger one: few grey levels make many images
-    equally bright, and rounding would decide whether one on a cut is in the bin below, in the one above, or in none.
+    A cut is moved to between the two values around it, to a place that is on no grid of grey levels: few levels make
+    many images equally bright, and for one that lies on a cut rounding would decide whether it is in the bin below, in
+    the one above, or in none.
 
     num_examples: how many of them are looked at, from the first.
     """
@@ -139,10 +141,16 @@ class Measured:
 
     def cuts(self, num_bins: int, measure: Callable[[int], Tensor]) -> Tensor:
         values = measure(self.num_examples)
-        far, known, cuts = FAR * values.std(), torch.unique(values), torch.quantile(values, _shares(num_bins))
-        larger = torch.cat([known[1:], known[-1:] + far])[torch.searchsorted(known, cuts).clamp(max=len(known) - 1)]
-        moved = torch.where(torch.isin(cuts, known), (cuts + larger) / 2, cuts)
-        return torch.cat([values.min()[None] - far, moved])
+        values, far = values.sort().values, FAR * values.std()
+        # equally bright images differ in their last digits where the victim normalises
+        same = 1e-9 * (values[-1] - values[0])
+        known = torch.cat([values[:1], values[1:][values.diff() > same]])
+        below = torch.searchsorted(known - same, torch.quantile(values, _shares(num_bins)), right=True) - 1
+        # of those that fall between the same two values, each has its own place
+        place = torch.arange(len(below), device=values.device) - torch.searchsorted(below, below)
+        part = (place + GOLDEN) / below.bincount()[below]
+        upper = torch.cat([known[1:], known[-1:] + far])[below]
+        return torch.cat([known[:1] - far, known[below] + part * (upper - known[below])])
 
 
 def _shares(num_bins: int) -> Tensor:

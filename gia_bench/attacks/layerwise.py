@@ -16,8 +16,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from gia_bench.errors import IncompatibleError
 from gia_bench.models.functional import Victim
+from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Params, Update
 
 
@@ -47,9 +50,9 @@ def _convolution(use: Use, slope: Tensor, clients: int) -> dict[str, Tensor]:
         """[N * B, C, H, W] -> [B, N * C, H, W]: every client's channels are a group of their own."""
         return apart(t, clients).transpose(0, 1).flatten(1, 2)
 
-    K, *rest = given["weight"].shape
+    channels, *rest = given["weight"].shape
     weight = conv2d_weight(  # type: ignore[no-untyped-call]
-        side_by_side(given["input"].to(slope.dtype)), [clients * K, *rest], side_by_side(slope),
+        side_by_side(given["input"].to(slope.dtype)), [clients * channels, *rest], side_by_side(slope),
         given["stride"], given["padding"], given["dilation"], clients * given["groups"],
     )  # fmt: skip
     return {"weight": apart(weight, clients), "bias": apart(slope, clients).sum((1, 3, 4))}
@@ -93,10 +96,15 @@ KNOWN: Mapping[Callable[..., Any], Known] = {
 }  # fmt: skip
 
 
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+"""What may be asked of a parameter without using it: its shape, its dtype."""
+
+
 @final
 class Layers(TorchFunctionMode):
-    """While it is entered: ``uses``, all calls that took one of ``params``; ``strange``, whether one of them has no
-    rule, or no axis of ``rows`` examples in front, so that nothing can be said of each client."""
+    """While it is entered: ``uses``, the calls of known functions that took one of ``params``; ``strange``, whether
+    there was any other use of one, or one without an axis of ``rows`` examples in front, or on a way that no input
+    takes: then nothing can be said of each client."""
 
     def __init__(self, params: Params, rows: int) -> None:
         super().__init__()
@@ -113,38 +121,51 @@ class Layers(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        taken = {id(a) for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)} & self._names.keys()
-        if taken and isinstance(output, Tensor):
+        taken = {id(leaf) for leaf in tree_leaves((args, kwargs))} & self._names.keys()
+        if taken and func in KNOWN:
             self._note(func, args, kwargs or {}, output, taken)
+        elif taken:
+            self.strange = self.strange or not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(output))
         return output
 
     def _note(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor, taken: set[int]
     ) -> None:
-        if func not in KNOWN:
-            self.strange = True
-            return
         given = {**KNOWN[func].arguments, **dict(zip(KNOWN[func].arguments, args, strict=False)), **kwargs}
         names = {k: self._names[id(given[k])] for k in ("weight", "bias") if id(given[k]) in self._names}
-        explained = {id(given[k]) for k in names} == taken
-        apart = len(given["input"]) == self._rows and given["input"].ndim >= 2 and output.ndim >= 2
+        as_weights = {id(given[k]) for k in names} == taken
+        in_front = len(given["input"]) == self._rows and given["input"].ndim >= 2 and output.ndim >= 2
         coupled = given.get("training", False) or isinstance(given.get("padding"), str)
-        self.strange = self.strange or coupled or not (explained and apart)
-        if output.requires_grad:  # else nothing that is searched goes through it
+        if coupled or not (as_weights and in_front and output.requires_grad):
+            self.strange = True
+        else:
             self.uses.append(Use(func, given, names, get_gradient_edge(output)))
 
 
-def explained(victim: Victim, params: Params, buffers: Buffers, inputs: Tensor) -> bool:
-    """Whether ``gradients`` knows what this network does with its parameters. inputs: some [B, C, H, W]."""
-    layers = Layers(params, len(inputs))
-    with torch.no_grad(), layers:
-        victim.logits(params, buffers, inputs)
-    return not layers.strange
+def explained(victim: Victim, params: Params, buffers: Buffers) -> bool:
+    """Whether ``gradients`` may be asked about this network: every use of every parameter is a known one, and no
+    example has a say in another one's scores. Tried with two and with three random images: what happens to have as
+    many rows as there are images cannot have both.
+    """
+    like = next(iter(params.values()))
+    images = torch.rand(3, *victim.input_shape, generator=stream(0, "layers")).to(like)
+    scores = []
+    for some in (images[:2], images):
+        layers = Layers(params, len(some))
+        with torch.enable_grad(), layers:
+            output = victim.logits(params, buffers, some.requires_grad_())[0]
+        if layers.strange:
+            return False
+        scores.append(output.detach()[:2])
+    moved = (scores[0] - scores[1]).abs().amax()
+    return bool(moved <= 1e-4 * scores[0].abs().amax())
 
 
 def gradients(victim: Victim, params: Params, buffers: Buffers, batch: Batch) -> Update:
-    """The gradient of each client's mean loss over its own examples. batch: [N, B, ...], and so the gradients [N, ...];
-    needs ``explained`` where N > 1. Differentiable in inputs and labels, of which one must ask for a gradient.
+    """The gradient of each client's mean loss over its own examples. batch: [N, B, ...], and so the gradients [N, ...].
+
+    Differentiable in inputs and labels; inputs must ask for a gradient. For networks that are ``explained``, where
+    N > 1; ``IncompatibleError`` for another one.
     """
     N = len(batch.mask)
     if N == 1:
@@ -157,6 +178,11 @@ def gradients(victim: Victim, params: Params, buffers: Buffers, batch: Batch) ->
     layers = Layers(params, batch.mask.numel())
     with layers:
         losses = victim.losses(params, buffers, batch.inputs.flatten(0, 1), batch.labels.flatten(0, 1))[0]
+    if layers.strange:
+        raise IncompatibleError(
+            f"{type(victim.module).__name__} uses its parameters in a way of which the gradient of one client among "
+            "many is not known; map the clients instead."
+        )
     means = (apart(losses, N) * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
     edges = [use.edge for use in layers.uses]
     slopes = torch.autograd.grad(means.sum(), edges, create_graph=True, allow_unused=True)

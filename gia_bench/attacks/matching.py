@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
-from typing import final
+from typing import TypedDict, final
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ from gia_bench.models.functional import Victim
 from gia_bench.seeding import derive, stream
 from gia_bench.threat import Knowledge
 from gia_bench.values import Observation, Reconstruction
+
+
+class Parts(TypedDict, total=False):
+    """The fields of ``GradientMatching``: what a paper's settings give, and what is put in their place."""
+
+    distance: Distance
+    optimizer: Optimizer
+    initial: Initial
+    priors: Mapping[str, Prior]
+    constraints: Mapping[str, Constraint]
+    forces: Mapping[str, Force]
+    replay: Replay
+    schedule: Schedule
+    labels: str
+    steps: int
+    restarts: int
+    boxed: bool
+    stop_below: float | None
+    max_batch: int | str | None
+    arithmetic: Arithmetic
+    snapshot_every: int
 
 
 @final

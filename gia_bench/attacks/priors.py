@@ -1,4 +1,4 @@
-"""What images look like, added to the distance. Each is written for one candidate and mapped.
+"""What images look like, added to the distance. Each is written for one candidate and mapped, or takes many at once.
 
 Pixels are taken in the searched coordinates (normalised), as the references do.
 """
@@ -26,7 +26,7 @@ class Prior(ABC):
     """A penalty on one candidate: a scalar that is added to the distance.
 
     leading_axes: whether it also takes candidates with more axes in front, [..., B, C, H, W], and gives a penalty for
-    each, [...].
+    each, [...]. It then looks at no labels and at nothing in the scene that differs between victims.
     """
 
     leading_axes: ClassVar[bool] = False

@@ -33,8 +33,8 @@ class Replay(ABC):
         return labels[None]
 
     def multiple(self, observation: Observation) -> float | None:
-        """The factor where ``update`` is nothing but a multiple of one gradient of the mean loss over all guesses; else
-        None."""
+        """The factor where ``update`` is nothing but a multiple of one gradient of the mean loss over all guesses, and
+        there is no ``penalty``; else None."""
         return None
 
     @abstractmethod

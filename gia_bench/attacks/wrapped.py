@@ -1,6 +1,6 @@
 """Distances around another distance: on fewer entries, on fewer layers, weighted, scaled. They nest in any order.
 
-Each hands the whole dummy update on: its names, in their order, are the model's, however little of it was observed.
+Each hands the whole dummy update on: its names are the model's, the head's last, however little of it was observed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ SELECTIONS: Mapping[str, Selection] = {
     "first_conv": _first_conv,
     "all_conv": _all_conv,
 }
-"""What can be chosen as ``layers``. ``fc`` is the last layer, weight and bias."""
+"""What can be chosen as ``layers``. ``fc`` is the head, weight and bias; of a model without one, the last layer."""
 
 
 @final

@@ -36,7 +36,7 @@ from gia_bench.attacks.ggl import GGL
 from gia_bench.attacks.gias import GIAS
 from gia_bench.attacks.gifd import GIFD
 from gia_bench.attacks.graddefense import dga, gia
-from gia_bench.attacks.gradinversion import PRIORS, gradinversion
+from gia_bench.attacks.gradinversion import gradinversion
 from gia_bench.attacks.idlg import idlg
 from gia_bench.attacks.imprint import Normal
 from gia_bench.attacks.initial import Patterned
@@ -103,7 +103,7 @@ PRESETS: dict[str, Callable[[], Attack]] = {
         restarts=1,
         optimizer=Adam(lr=0.1, transform=Sign()),
         priors={
-            **PRIORS,
+            **gradinversion().priors,
             "total_variation": PaddedTotalVariation(weight=1e-4, double_opponents=True),
             "batch_norm": RunningStatistics(weight=0.01),
         },

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.conf_path import CONF
 from gia_bench.models.build import build_victim
+from gia_bench.signatures import signature_of
 
 FILES = sorted(CONF.rglob("*.yaml"))
 GROUPS = sorted((p.parent.relative_to(CONF).as_posix(), p.stem) for p in FILES if p.parent != CONF)
@@ -52,7 +53,7 @@ def nodes(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def bind(where: str, node: dict[str, Any]) -> None:
     target = get_object(node["_target_"])
     arguments = {k: v for k, v in node.items() if k not in NOT_ARGUMENTS}
-    signature = inspect.signature(target)
+    signature = signature_of(target)
     try:
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**arguments)
     except TypeError as error:

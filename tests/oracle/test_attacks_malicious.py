@@ -196,16 +196,30 @@ def test_bins_hold_equal_shares_of_what_they_are_made_for() -> None:
         torch.testing.assert_close(held, torch.tensor([0.0] + 8 * [0.125], dtype=torch.float64), atol=0.01, rtol=0)
     cuts = Measured(num_examples=40_000).cuts(8, lambda n: normal[:n])
     assert torch.bucketize(normal, cuts).bincount().tolist() == [0] + 8 * [5000]
-    # few grey levels: no cut is a value that images have, or rounding would decide in which bin they are, if in any
-    grey = torch.tensor([0.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0], dtype=torch.float64) / 7
-    cuts = Measured(num_examples=10).cuts(4, lambda n: grey[:n])
-    torch.testing.assert_close(7 * cuts[1:-1], torch.tensor([1.5, 2.5], dtype=torch.float64))
-    assert cuts[0] < 0 and 7 * cuts[-1] > 3 and (torch.bucketize(grey, cuts) > 0).all()
     # the reference's cuts for the Fourier functional: Laplace(0, 1 / sqrt(2))
     torch.testing.assert_close(
         Laplace().cuts(4, lambda n: torch.empty(0))[1:],
         torch.distributions.Laplace(0.0, 0.5**0.5).icdf(torch.tensor([0.25, 0.5, 0.75])).double(),
     )
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("num_bins", [4, 64, 128])
+def test_no_image_lies_where_measured_bins_are_cut(num_bins: int, normalised: bool) -> None:
+    """Digits have seventeen grey levels, and so few brightnesses that many images share one; normalised, they differ in
+    their last places."""
+    digits = torch.from_numpy(load_digits().images / 16)
+    images = (digits - 0.3053) / 0.3765 if normalised else digits
+    brightness = images.flatten(1).mean(1)
+    cuts = Measured(num_examples=500).cuts(num_bins, lambda n: brightness[:n])
+    assert len(cuts) == num_bins and (cuts.diff() > 0).all()
+    nearest = (brightness[:, None] - cuts).abs().amin()
+    assert nearest > 1e-6
+    # no bin takes what belongs to another: at most one brightness more or less than an equal share
+    held = torch.bucketize(brightness[:500], cuts).bincount(minlength=num_bins + 1)
+    assert held[0] == 0 and held.cumsum(0)[-1] == 500
+    if num_bins == 4:
+        assert (held[1:] - 125).abs().amax() <= 25
 
 
 def test_functionals_are_the_published_ones() -> None:

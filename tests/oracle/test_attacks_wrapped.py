@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,8 @@ from attack_problems import problem
 from torch import Tensor, nn
 
 from gia_bench.attacks.distances import L1, Angular, Cosine, Distance, Euclidean, EuclideanMean
+from gia_bench.attacks.group import Group
+from gia_bench.attacks.scene import PixelSpace
 from gia_bench.attacks.wrapped import SELECTIONS, Layers, Masked, Scaled, Weighted
 from gia_bench.errors import IncompatibleError
 from gia_bench.values import Update
@@ -89,6 +92,33 @@ def test_the_convolutions_of_a_network_are_its_convolutions() -> None:
     assert SELECTIONS["first_conv"](u) == ["0.weight", "0.bias"]
     assert p.victim.head is not None
     assert SELECTIONS["fc"](u) == [p.victim.head.weight, p.victim.head.bias]
+
+
+class HeadFirst(nn.Module):
+    """Its head is registered before what comes before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(9, 4), nn.Linear(64, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(1)).sigmoid())
+
+
+@pytest.mark.parametrize(("layers", "telling"), [("all_but_last", "body"), ("fc", "head")])
+def test_the_last_layer_is_the_head_wherever_a_module_has_it(layers: str, telling: str) -> None:
+    p = problem(1, module=HeadFirst(), dtype=torch.float64)
+    distance = Layers(distance=Cosine(), layers=layers)
+
+    def found(spoilt: str) -> Tensor:
+        update = {k: torch.ones_like(u) if k.startswith(spoilt) else u for k, u in p.observations[0].update.items()}
+        seen = dataclasses.replace(p.observations[0], update=update)
+        group = Group.of([seen], p.victim, [p.labels[0]], PixelSpace.of(p.victim, p.images), distance, {}, None)
+        return group.losses({"pixels": p.images[:, None]})
+
+    muted = {"body": "head", "head": "body"}[telling]
+    assert found(muted).abs() < 1e-9, "the truth explains what is compared"
+    assert found(telling) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["linear", "exp"])

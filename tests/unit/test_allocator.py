@@ -24,7 +24,8 @@ def step():
     return [torch.ones(2**20) for _ in range(16)]  # 4 MiB each
 
 
-step()
+for _ in range(4):  # until everything that a step needs has found its place
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     step()
@@ -33,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(keep: bool) -> int:
-    """Pages that the kernel had to clear for five equal steps after a first one."""
+    """Pages that the kernel had to clear for five equal steps after some others."""
     program = FAULTS.format(keep=keep)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
