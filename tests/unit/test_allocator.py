@@ -16,8 +16,7 @@ import resource
 import torch
 from gia_bench.allocator import keep_freed_memory
 
-if {keep}:
-    assert keep_freed_memory()
+assert keep_freed_memory()
 
 
 def step():
@@ -33,17 +32,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(keep: bool) -> int:
-    """Pages that the kernel had to clear for five equal steps after some others."""
-    program = FAULTS.format(keep=keep)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    return int(ended.stdout)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_the_same_pages_serve_the_next_step() -> None:
-    assert faults(keep=True) < faults(keep=False) / 4
+    """Without it the kernel clears all 81,920 pages of five steps again, or none, by what happens to lie behind them."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    ended = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=environment)
+    assert int(ended.stdout) < 5 * 16 * 1024 / 100
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
