@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 def test_the_same_pages_serve_the_next_step() -> None:
-    """Without it the kernel clears all 81,920 pages of five steps again, or none, by what happens to lie behind them."""
+    """Without it the kernel clears all 81,920 pages of five steps, or none, by what happens to lie behind them."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     ended = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=environment)
     assert int(ended.stdout) < 5 * 16 * 1024 / 100
