@@ -44,6 +44,11 @@ def theirs(steps: int, weight: float, model: Victim, seen: list[Observation]) ->
     return lambda: [peer.reconstruct(model, o, steps, weight, seed) for seed, o in enumerate(seen)]
 
 
+def reason(refused: ConfigError) -> str:
+    """Why an arithmetic was refused, without what to do about it."""
+    return str(refused).partition(":")[2].partition(";")[0].strip()
+
+
 def noise(model: Victim, count: int) -> list[Observation]:
     source = images(count)
     return observed(model, source.images(torch.arange(count)), source.labels)
@@ -134,8 +139,11 @@ def bench_quality(table: Table) -> None:
     others = [Arithmetic(compile=True), Arithmetic(precision="bf16")]
     others += [Arithmetic(precision="tf32")] if DEVICE.type == "cuda" else []
     beside_breaching(table, "DLG-LeNet", victim(lenet_zhu), victims=8, steps=600, others=others)
-    network = victim(convnet, init="default", normalize=True, training=False)
-    beside_breaching(table, "ConvNet64 in evaluation mode", network, victims=4, steps=100)
+    for name, network in (("ConvNet64", convnet), ("ResNet-18", resnet)):
+        if DEVICE.type == "cuda" or network is convnet:  # the precisions that are timed there; minutes of a CPU
+            model = victim(network, init="default", normalize=True, training=False)
+            few = others if DEVICE.type == "cuda" else []
+            beside_breaching(table, f"{name} in evaluation mode", model, victims=4, steps=100, others=few)
 
 
 def beside_breaching(
@@ -170,7 +178,7 @@ def beside_breaching(
         try:
             row(same, *rebuilt(other))
         except ConfigError as refused:  # not equal enough on the first guesses: that is a result too
-            table.add_row(same, "refused", str(refused).partition(":")[2].partition(";")[0].strip())
+            table.add_row(same, "refused", reason(refused))
     if peer.installed() is None:
         table.add_row("the same by breaching", ABSENT, "")
         return
@@ -184,7 +192,8 @@ def beside_breaching(
 
 
 def bench_gpu(table: Table, victims: int = 64, steps: int = 50) -> None:
-    """ConvNet64 and ResNet-18 with many victims: throughput, share of the card's own products, memory, precisions."""
+    """ConvNet64 and ResNet-18 with many victims: throughput, share of the card's own products, memory, precisions; what
+    these rebuild is in the rows of ``bench_quality``."""
     if DEVICE.type != "cuda":
         table.add_row(f"ConvNet64 and ResNet-18, {victims} victims", "needs a GPU", "")
         return
@@ -200,10 +209,15 @@ def bench_gpu(table: Table, victims: int = 64, steps: int = 50) -> None:
         for arithmetic in [Arithmetic(compile=c, precision=p) for p in ("fp32", "tf32", "bf16") for c in (False, True)]:
             attack = matching(steps, weight, arithmetic=arithmetic)
             torch.cuda.reset_peak_memory_stats()
-            took = seconds(ours(attack, model, seen), repeats=2) / steps / victims
+            row = f"{name}, {victims} victims at once, {arithmetic.precision}, compile={arithmetic.compile}"
+            try:
+                took = seconds(ours(attack, model, seen), repeats=2) / steps / victims
+            except ConfigError as refused:
+                table.add_row(row, "refused", reason(refused))
+                continue
             best = took if arithmetic == PLAIN else best
             table.add_row(
-                f"{name}, {victims} victims at once, {arithmetic.precision}, compile={arithmetic.compile}",
+                row,
                 f"{1e3 * took:.2f} ms/victim and step, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
                 f"{work / took:.1f} TFLOP/s, {100 * work / took / products:.0f}% of the product's",
             )
