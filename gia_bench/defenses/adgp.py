@@ -27,7 +27,8 @@ class ADGP(Defense):
     Of ADGP (Hu et al. 2022) only this is public: positions are aligned among clients, the download becomes sparse, and
     a trusted broadcaster is needed. gia_bench choices: the broadcaster is a client of the round's cohort; its
     mask is DGP's on its own update with its residual; every client, the leader too, has its own error feedback. The
-    server sees where the leader's middle ranks lie, and a fixed leader shows it each round.
+    server sees where the leader's middle ranks lie, and a fixed leader shows it each round. What a band says of
+    withheld entries holds for the leader alone, so that attackers are held to no ``violation``, as they are under DGP.
 
     k1, k2, scope: as in DGP; leader: a position in the round's cohort, "first" | "round_robin" (the round's number
     modulo the cohort's size) | "random".
