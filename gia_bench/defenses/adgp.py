@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
-from gia_bench.defenses.base import AskClient, Client, Defense
-from gia_bench.defenses.feedback import ErrorFeedback
+from gia_bench.defenses.base import AskClient
+from gia_bench.defenses.feedback import Select
 from gia_bench.defenses.selection import band, check_band, exact, on_support, restricted
+from gia_bench.defenses.withholding import Withholding
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import ALIGNED, Codec
@@ -21,7 +21,7 @@ LEADERS = ("first", "round_robin", "random")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ADGP(Defense):
+class ADGP(Withholding):
     """DGP with one mask a round for the whole cohort, so that only values travel and the mean is sparse too.
 
     Of ADGP (Hu et al. 2022) only this is public: positions are aligned among clients, the download becomes sparse, and
@@ -38,7 +38,6 @@ class ADGP(Defense):
     k2: float = 0.75
     scope: str = "tensor"
     leader: str = "first"
-    error_feedback: ErrorFeedback = field(default_factory=ErrorFeedback)
 
     def __post_init__(self) -> None:
         check_band("adgp", self.k1, self.k2, self.scope)
@@ -49,10 +48,6 @@ class ADGP(Defense):
     def codec(self) -> Codec:
         """Values only: everybody knows their positions."""
         return ALIGNED
-
-    def init_client(self, like: Params) -> State:
-        """An empty residual."""
-        return self.error_feedback.initial(like)
 
     @property
     def asks_a_leader(self) -> bool:
@@ -78,23 +73,12 @@ class ADGP(Defense):
         mask = band(self.error_feedback.accumulated(update, state), exact(self.k1), exact(self.k2), self.scope)
         return {MASK + name: kept for name, kept in mask.items()}
 
-    def protect(
-        self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
-    ) -> tuple[Update, State]:
-        """The announced entries of the update with its residual."""
-        return self.error_feedback.send(update, state, lambda full: {name: shared[MASK + name] for name in full})
+    def choice(self, shared: Shared, noise: Noise) -> Select:
+        """The announced entries."""
+        return lambda full: {name: shared[MASK + name] for name in full}
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
         """The dummy update on the announced mask; if that is hidden, where the observed update is not zero."""
         if not observation.shared:
             return on_support(update, observation.update)
         return restricted(update, {name: observation.shared[MASK + name] for name in update})
-
-    @property
-    def repays(self) -> bool:
-        """As its error feedback does."""
-        return self.error_feedback.repays
-
-    def measure(self, state: State) -> dict[str, Tensor]:
-        """``residual_norm`` and ``never_sent_share``."""
-        return self.error_feedback.measure(state)
