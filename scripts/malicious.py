@@ -29,6 +29,10 @@ PARTS: dict[str, tuple[str, ...]] = {
         "attack.loki.num_bins=128", "attack.class_fishing.attack.steps=300", "attack.feature_fishing.attack.steps=300",
         "attack.feature_fishing.fish=others",
     ),
+    # as the authors of DGP planted it
+    "dgp_paper": (
+        "threat=malicious_model", "attack=[robbing_the_fed_dgp_paper]", "model=resnet32", "fl.local.batch_size=9",
+    ),
     # the sum over the 20 clients
     "sum": ("threat=malicious_aggregate", "attack=[loki,robbing_the_fed]", "attack.loki.num_bins=128"),
     # the same after four local steps of each
