@@ -61,7 +61,7 @@ class ErrorFeedback:
         """The update with what was withheld before."""
         if not self.enabled:
             return update
-        return {name: u + self.scale * state[RESIDUAL + name] for name, u in update.items()}
+        return {name: torch.add(u, state[RESIDUAL + name], alpha=self.scale) for name, u in update.items()}
 
     def send(self, update: Update, state: State, select: Select) -> tuple[Update, State]:
         """What is sent, and the next state.
@@ -70,12 +70,14 @@ class ErrorFeedback:
         server and stay in the residual for ever.
         """
         full = self.accumulated(update, state)
-        chosen = {name: mask | ~full[name].isfinite() for name, mask in select(full).items()}
+        # what is no number, or infinite, is no zero when it is taken from itself
+        chosen = {name: mask | (full[name] - full[name] != 0) for name, mask in select(full).items()}
         sent = {name: torch.where(chosen[name], u, 0) for name, u in full.items()}
         if not self.enabled:
             return sent, state
         # where, not subtraction: exact, and without infinity - infinity
-        residual = {RESIDUAL + name: self.decay * torch.where(chosen[name], 0, u) for name, u in full.items()}
+        kept = {RESIDUAL + name: torch.where(chosen[name], 0, u) for name, u in full.items()}
+        residual = kept if self.decay == 1 else {name: self.decay * u for name, u in kept.items()}
         ever = {SENT + name: state[SENT + name] | (u != 0) for name, u in sent.items()}
         return sent, residual | ever
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -29,6 +29,13 @@ def unit_above(step: Tensor) -> Tensor:
     low = 2**_LOW_BITS - 1
     rounded: Tensor = ((bits + low) & ~low).view(torch.float32)
     return rounded
+
+
+def units_above(steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``unit_above`` of every tensor's step (scalars) at once: an operation takes its time however few the numbers."""
+    if len({step.dtype for step in steps.values()}) != 1:
+        return {name: unit_above(step) for name, step in steps.items()}
+    return dict(zip(steps, unit_above(torch.stack(list(steps.values()))).unbind(), strict=True))
 
 
 def on_grid(u: Tensor, unit: Tensor, levels: int, uniform: Tensor | None) -> Tensor:

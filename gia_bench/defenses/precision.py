@@ -9,7 +9,7 @@ import torch
 
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import ByChance, on_grid, straight_through, unit_above
+from gia_bench.defenses.grid import ByChance, on_grid, straight_through, units_above
 from gia_bench.defenses.noise import averaged
 from gia_bench.defenses.selection import check_scope
 from gia_bench.errors import ConfigError, choices
@@ -109,5 +109,5 @@ class Int8(Defense):
         if self.scope == "global":
             most = torch.stack([m.double() for m in largest.values()]).amax()
             largest = dict.fromkeys(update, most)
-        units = {name: unit_above(m / INT8_LEVELS) for name, m in largest.items()}
+        units = units_above({name: m / INT8_LEVELS for name, m in largest.items()})
         return {name: on_grid(u, units[name], INT8_LEVELS, noise.get(name)) for name, u in update.items()}

@@ -10,7 +10,7 @@ import torch
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import ByChance, euclidean, on_grid, straight_through, unit_above
+from gia_bench.defenses.grid import ByChance, euclidean, on_grid, straight_through, units_above
 from gia_bench.defenses.noise import averaged
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
@@ -56,7 +56,7 @@ class QSGD(Defense):
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """The rounded update, in its own dtype."""
-        units = {name: unit_above(norm / self.levels) for name, norm in euclidean(update).items()}
+        units = units_above({name: norm / self.levels for name, norm in euclidean(update).items()})
         return {k: on_grid(u, units[k], int(self.levels), noise[k]) for k, u in update.items()}, state
 
 
