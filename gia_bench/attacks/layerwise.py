@@ -96,12 +96,12 @@ KNOWN: Mapping[Callable[..., Any], Known] = {
 }  # fmt: skip
 
 
-PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+ASKED = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout)
 """What may be asked of a parameter without using it: its shape, its dtype."""
 
 
 @final
-class Layers(TorchFunctionMode):
+class ParameterUses(TorchFunctionMode):
     """While it is entered: ``uses``, the calls of known functions that took one of ``params``; ``strange``, whether
     there was any other use of one, or one without an axis of ``rows`` examples in front, or on a way that no input
     takes: then nothing can be said of each client."""
@@ -125,7 +125,7 @@ class Layers(TorchFunctionMode):
         if taken and func in KNOWN:
             self._note(func, args, kwargs or {}, output, taken)
         elif taken:
-            self.strange = self.strange or not all(isinstance(leaf, PLAIN) for leaf in tree_leaves(output))
+            self.strange = self.strange or not all(isinstance(leaf, ASKED) for leaf in tree_leaves(output))
         return output
 
     def _note(
@@ -151,10 +151,10 @@ def explained(victim: Victim, params: Params, buffers: Buffers) -> bool:
     images = torch.rand(3, *victim.input_shape, generator=stream(0, "layers")).to(like)
     scores = []
     for some in (images[:2], images):
-        layers = Layers(params, len(some))
-        with torch.enable_grad(), layers:
+        noticed = ParameterUses(params, len(some))
+        with torch.enable_grad(), noticed:
             output = victim.logits(params, buffers, some.requires_grad_())[0]
-        if layers.strange:
+        if noticed.strange:
             return False
         scores.append(output.detach()[:2])
     moved = (scores[0] - scores[1]).abs().amax()
@@ -175,19 +175,19 @@ def gradients(victim: Victim, params: Params, buffers: Buffers, batch: Batch) ->
             loss, list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )
         return {k: g[None] for k, g in zip(leaves, found, strict=True)}
-    layers = Layers(params, batch.mask.numel())
-    with layers:
+    noticed = ParameterUses(params, batch.mask.numel())
+    with noticed:
         losses = victim.losses(params, buffers, batch.inputs.flatten(0, 1), batch.labels.flatten(0, 1))[0]
-    if layers.strange:
+    if noticed.strange:
         raise IncompatibleError(
             f"{type(victim.module).__name__} uses its parameters in a way of which the gradient of one client among "
             "many is not known; map the clients instead."
         )
     means = (apart(losses, N) * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
-    edges = [use.edge for use in layers.uses]
+    edges = [use.edge for use in noticed.uses]
     slopes = torch.autograd.grad(means.sum(), edges, create_graph=True, allow_unused=True)
     total: Update = {}
-    for use, slope in zip(layers.uses, slopes, strict=True):
+    for use, slope in zip(noticed.uses, slopes, strict=True):
         own = {} if slope is None else KNOWN[use.function].rule(use, slope, N)
         for role, name in use.names.items():
             if role in own:
