@@ -1,22 +1,24 @@
-"""Several rounds of one client as one: what error feedback holds back in a round, it sends in a later one."""
+"""Several rounds of one client as one: what error feedback holds back in a round, it sends in a later one.
+
+With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a defense
+which withholds much of every round withholds little of many. For clients that train on the same examples in every round
+(fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was used are left out.
+(gia_bench's own.)
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.replay import LocalSteps, Replay
 from gia_bench.attacks.scene import Candidate, Scene
-from gia_bench.errors import ConfigError
 from gia_bench.models.functional import Victim
-from gia_bench.threat import Knowledge
-from gia_bench.values import Batch, Observation, Reconstruction, Update
+from gia_bench.values import Batch, Observation, Update
 
 
 @final
@@ -49,71 +51,15 @@ class AllRounds(Replay):
         return self.one.merge(pixels, labels, observation)
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class JointRounds(Attack):
-    """``attack`` on the sum of the updates that one client sent in the rounds that were attacked so far.
-
-    With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a
-    defense which withholds much of every round withholds little of many. For clients that train on the same examples in
-    every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was
-    used are left out. ``attack`` should replay ``AllRounds``.
+def summed(observation: Observation, victim: Victim) -> Observation:
+    """One observation whose update is the sum over its own round and the earlier ones of as many examples, to be replayed
+    by ``AllRounds``.
 
     An attacker who knows the defense, and that it ``repays`` what it withholds, compares the sums only where the last
     round sent something: there nothing is owed, and the sum is that of the updates, exactly, if he saw all of the
     client's rounds. Where he did not he compares all entries. Of any other defense no use is made: what stands for one
-    round's pruning does not stand for the sum of many. (gia_bench's own.) Raises ``ConfigError`` for an ``attack`` with
-    constraints: they bound what one round withholds.
+    round's pruning does not stand for the sum of many.
     """
-
-    attack: Attack
-
-    def __post_init__(self) -> None:
-        if _constrained(self.attack):
-            raise ConfigError(
-                "attack.constraints bound what one round withholds, which says nothing of a sum of rounds; take them "
-                "out of the attack that looks at all rounds."
-            )
-
-    @property
-    def requires(self) -> Knowledge:
-        """The inner attack's."""
-        return self.attack.requires
-
-    @property
-    def remembers(self) -> bool:
-        """It needs the rounds before."""
-        return True
-
-    @property
-    def max_examples(self) -> int | None:
-        """The inner attack's."""
-        return self.attack.max_examples
-
-    @property
-    def max_local_steps(self) -> int | None:
-        """The inner attack's."""
-        return self.attack.max_local_steps
-
-    def check_victim(self, victim: Victim) -> None:
-        """The inner attack's."""
-        self.attack.check_victim(victim)
-
-    def reconstruct_many(
-        self,
-        observations: Sequence[Observation],
-        victim: Victim,
-        *,
-        seeds: Sequence[int],
-        snapshots: Snapshots = FORGET,
-    ) -> list[Reconstruction]:
-        joint = [summed(o, victim) for o in observations]
-        return self.attack.reconstruct_many(joint, victim, seeds=seeds, snapshots=snapshots)
-
-
-def summed(observation: Observation, victim: Victim) -> Observation:
-    """One observation whose update is the sum over its own round and the earlier ones of as many examples; where the
-    defense is known and repays what it withholds, of the entries alone that its own round sent."""
     published, alike = victim.initial()[1], _alike(observation)
     update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
     defense = observation.defense if exact(observation) else None
@@ -137,9 +83,3 @@ def exact(observation: Observation) -> bool:
 
 def _alike(observation: Observation) -> list[Observation]:
     return [e for e in observation.earlier if e.num_examples == observation.num_examples]
-
-
-def _constrained(attack: Attack) -> bool:
-    """Whether it, or one that it is made of, has constraints."""
-    inner = [getattr(attack, "attack", None), *getattr(attack, "members", {}).values()]
-    return bool(getattr(attack, "constraints", None)) or any(isinstance(a, Attack) and _constrained(a) for a in inner)

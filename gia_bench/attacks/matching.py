@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,6 +20,7 @@ from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.forces import Course, Force
 from gia_bench.attacks.group import STEPS, Group
 from gia_bench.attacks.initial import GivenImage, Initial, Randn
+from gia_bench.attacks.joint import AllRounds, summed
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.optimize import Progress, Search
 from gia_bench.attacks.optimizers import Moment, Optimizer, Variables
@@ -33,6 +35,9 @@ from gia_bench.threat import Knowledge
 from gia_bench.values import Observation, Reconstruction
 
 
+ROUNDS = ("one", "joint")
+
+
 class Parts(TypedDict, total=False):
     """The fields of ``GradientMatching``: what a paper's settings give, and what is put in their place."""
 
@@ -43,6 +48,7 @@ class Parts(TypedDict, total=False):
     constraints: Mapping[str, Constraint]
     forces: Mapping[str, Force]
     replay: Replay
+    rounds: str
     schedule: Schedule
     labels: str
     steps: int
@@ -60,7 +66,8 @@ class GradientMatching(Attack):
     """Minimise distance(dummy update, observed update) + priors over images, for all victims and restarts at once.
 
     distance, priors, constraints, optimizer, forces, schedule, initial: the parts; replay: how a guess becomes the
-    update of several local steps; labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at least 1;
+    update of several local steps; rounds: "one" for the attacked round alone, "joint" for the sum of all that were
+    attacked so far (``joint.summed``); labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at least 1;
     boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests (None:
     never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at the
     start (the same numbers, less memory); arithmetic: compiled or not, and the precision; snapshot_every: steps between
@@ -78,6 +85,7 @@ class GradientMatching(Attack):
     constraints: Mapping[str, Constraint] = field(default_factory=dict)
     forces: Mapping[str, Force] = field(default_factory=dict)
     replay: Replay = STEPS
+    rounds: str = "one"
     schedule: Schedule = field(default_factory=Constant)
     labels: str = "auto"
     steps: int
@@ -98,6 +106,18 @@ class GradientMatching(Attack):
         check(fine, "attack.max_batch", self.max_batch, "at least 1, or null, or auto")
         if self.labels not in METHODS:
             raise ConfigError(choices("attack.labels", self.labels, METHODS))
+        if self.rounds not in ROUNDS:
+            raise ConfigError(choices("attack.rounds", self.rounds, ROUNDS))
+        if self.remembers and self.constraints:
+            raise ConfigError(
+                "attack.constraints bound what one round withholds, which says nothing of a sum of rounds; take them "
+                "out, or set attack.rounds=one."
+            )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it needs the rounds before."""
+        return self.rounds == "joint"
 
     @property
     def requires(self) -> Knowledge:
@@ -124,6 +144,11 @@ class GradientMatching(Attack):
         seeds: Sequence[int],
         snapshots: Snapshots = FORGET,
     ) -> list[Reconstruction]:
+        if self.remembers:
+            one = dataclasses.replace(self, rounds="one", replay=AllRounds(one=self.replay))
+            return one.reconstruct_many(
+                [summed(o, victim) for o in observations], victim, seeds=seeds, snapshots=snapshots
+            )
         found: dict[int, Reconstruction] = {}
         for members in alike(observations, victim, self.priors):
             some, own_seeds = [observations[i] for i in members], [seeds[i] for i in members]

@@ -41,7 +41,6 @@ from gia_bench.attacks.idlg import idlg
 from gia_bench.attacks.imprint import Normal
 from gia_bench.attacks.initial import Patterned
 from gia_bench.attacks.inverting_gradients import inverting_gradients
-from gia_bench.attacks.joint import AllRounds, JointRounds
 from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.learned_inverter import LearnedInverter
 from gia_bench.attacks.loki import Loki
@@ -126,7 +125,7 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     "inverting_gradients_dgp_paper": lambda: inverting_gradients(
         steps=12_000, priors={"total_variation": PaddedTotalVariation(weight=0.2, double_opponents=True)}
     ),
-    "inverting_gradients_joint": lambda: JointRounds(attack=inverting_gradients(steps=4_800, replay=AllRounds())),
+    "inverting_gradients_joint": lambda: inverting_gradients(steps=4_800, rounds="joint"),
     "inverting_gradients_fast": lambda: inverting_gradients(steps=1_000, snapshot_every=250),
     "learned_inverter": LearnedInverter,
     "loki": Loki,
@@ -176,7 +175,7 @@ def built(file: Path) -> Attack:
 
 def short(file: Path) -> Attack:
     attack = built(file)
-    if isinstance(attack, Compensating | JointRounds) and isinstance(attack.attack, GradientMatching):
+    if isinstance(attack, Compensating) and isinstance(attack.attack, GradientMatching):
         return dataclasses.replace(attack, attack=dataclasses.replace(attack.attack, steps=2))
     if isinstance(attack, Generative):
         return shorter(attack)

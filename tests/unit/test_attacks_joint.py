@@ -15,9 +15,9 @@ from command import SMALL, gia_bench
 
 from gia_bench.attacks.adaptive import Withheld
 from gia_bench.attacks.inverting_gradients import inverting_gradients
-from gia_bench.attacks.joint import AllRounds, JointRounds, summed
-from gia_bench.attacks.oblivious import Oblivious
-from gia_bench.attacks.standard import Standard, misfit
+from gia_bench.attacks.dlg import dlg
+from gia_bench.attacks.joint import AllRounds, summed
+from gia_bench.attacks.standard import misfit
 from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP
@@ -104,16 +104,31 @@ def test_feedback_that_loses_something_repays_nothing(change: dict[str, Any]) ->
 
 
 def test_bounds_of_one_round_are_refused_for_sums() -> None:
-    attack = dataclasses.replace(inverting_gradients(steps=3), constraints={"withheld": Withheld(relative=True)})
     with pytest.raises(ConfigError, match="bound what one round withholds"):
-        JointRounds(attack=attack)
-    with pytest.raises(ConfigError, match="bound what one round withholds"):
-        JointRounds(attack=Standard(members={"within": Oblivious(attack=attack)}))
+        inverting_gradients(rounds="joint", constraints={"withheld": Withheld(relative=True)})
+    with pytest.raises(ConfigError, match="joint, one"):
+        inverting_gradients(rounds="all")
+
+
+def test_any_attack_that_matches_gradients_takes_the_rounds_together() -> None:
+    """What was sent in two rounds together, each at its own weights, was the client's; each alone was tampered with, so
+    that the search from it ends elsewhere."""
+    first, draw = P.observations[0], torch.Generator().manual_seed(0)
+    noise = {k: torch.randn(v.shape, generator=draw) for k, v in first.update.items()}
+    last = later(first, 0, 0.1)
+    size = 0.3 * _norm(first.update) / _norm(noise)
+    withheld = dataclasses.replace(first, update={k: v - size * noise[k] for k, v in first.update.items()})
+    repaid = dataclasses.replace(last, update={k: v + size * noise[k] for k, v in last.update.items()})
+    both = dataclasses.replace(repaid, earlier=(withheld,), labels=P.labels[0])
+    alone, joint = (dlg(labels="known", steps=20, rounds=r).reconstruct(both, P.victim) for r in ("one", "joint"))
+    assert joint.score < 1e-3 * alone.score
+    far, near = ((r.inputs - P.images[0]).square().mean() for r in (alone, joint))
+    assert near < far
 
 
 def test_the_count_of_rounds_survives_a_checkpoint_and_one_without_it_is_refused() -> None:
     def probe() -> LeakageProbe:
-        attacks: dict[str, Any] = {"joint": JointRounds(attack=inverting_gradients(steps=1))}
+        attacks: dict[str, Any] = {"joint": inverting_gradients(steps=1, rounds="joint")}
         rest: Any = dict.fromkeys(["recorder", "threat", "metrics", "public", "folder"])
         return LeakageProbe(attacks=attacks, images=False, snapshot_every_seconds=1.0, **rest)
 
@@ -142,7 +157,7 @@ def test_rounds_that_nobody_looked_at_are_counted() -> None:
 
 def test_without_earlier_rounds_it_is_the_attack_itself() -> None:
     attack = inverting_gradients(steps=3)
-    joint = JointRounds(attack=dataclasses.replace(attack, replay=AllRounds()))
+    joint = dataclasses.replace(attack, rounds="joint")
     a = joint.reconstruct_many(P.observations, P.victim, seeds=[0, 1])
     b = attack.reconstruct_many(P.observations, P.victim, seeds=[0, 1])
     assert all(torch.equal(x.inputs, y.inputs) for x, y in zip(a, b, strict=True))
@@ -200,7 +215,7 @@ def test_what_was_seen_survives_a_checkpoint() -> None:
 def test_a_run_attacks_rounds_jointly_and_says_what_it_had_to_go_on(threat: str, tmp_path: Path) -> None:
     """Round 1 is not attacked, so that he who knows the defense has no exact sums and takes all entries too."""
     settings: list[Any] = [
-        *SMALL, "attack=[inverting_gradients_joint]", "attack.inverting_gradients_joint.attack.steps=2",
+        *SMALL, "attack=[inverting_gradients_joint]", "attack.inverting_gradients_joint.steps=2",
         f"threat={threat}", "defense=dgp", "fl.attack_rounds=[0,2]", "fl.local.batch_size=null",
         "partition.samples_per_client=2",
     ]  # fmt: skip

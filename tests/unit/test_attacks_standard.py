@@ -17,7 +17,6 @@ from gia_bench.attacks.base import FORGET, Attack, Snapshots
 from gia_bench.attacks.compensating import Compensating
 from gia_bench.attacks.distances import Cosine
 from gia_bench.attacks.inverting_gradients import inverting_gradients
-from gia_bench.attacks.joint import JointRounds
 from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.standard import Standard, misfit
 from gia_bench.attacks.wrapped import Layers
@@ -220,7 +219,7 @@ def test_members_with_equal_settings_never_share_a_state() -> None:
 
 def test_wrappers_ask_for_the_earlier_rounds_that_the_inner_attack_wants() -> None:
     one = inverting_gradients(steps=1)
-    joint = JointRounds(attack=one)
+    joint = dataclasses.replace(one, rounds="joint")
     assert Oblivious(attack=joint).remembers
     assert Compensating(attack=joint).remembers
     assert Standard(members={"one": one, "joint": joint}).remembers
