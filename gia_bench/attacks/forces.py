@@ -22,7 +22,7 @@ AS_THEY_ARE = Unregistered()
 
 
 class Course(NamedTuple):
-    """Where a search stands. moment: the step; lr: the learning rate of this step; seeds: one per victim."""
+    """Where a search stands. moment: the step; lr: the learning rate before the schedule; seeds: one per victim."""
 
     moment: Moment
     lr: float
@@ -59,7 +59,7 @@ class Langevin(Force):
                 noise[v, t] = torch.randn(shape, generator=draw, dtype=pixels.dtype)
         if pixels.is_cuda:  # from pinned memory, so that nothing waits for the device
             noise = noise.pin_memory()
-        return self.scale * course.lr * noise.to(pixels.device, non_blocking=True)
+        return course.moment.paced(self.scale * course.lr * noise.to(pixels.device, non_blocking=True))
 
 
 @final

@@ -1,9 +1,9 @@
 """Several rounds of one client as one: what error feedback holds back in a round, it sends in a later one.
 
-With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a defense
-which withholds much of every round withholds little of many. For clients that train on the same examples in every round
-(fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was used are left out.
-(gia_bench's own.)
+With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a
+defense which withholds much of every round withholds little of many. For clients that train on the same examples in
+every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was used
+are left out. (gia_bench's own.)
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class AllRounds(Replay):
 
 
 def summed(observation: Observation, victim: Victim) -> Observation:
-    """One observation whose update is the sum over its own round and the earlier ones of as many examples, to be replayed
-    by ``AllRounds``.
+    """One observation whose update is the sum over its own round and the earlier ones of as many examples, to be
+    replayed by ``AllRounds``.
 
     An attacker who knows the defense, and that it ``repays`` what it withholds, compares the sums only where the last
     round sent something: there nothing is owed, and the sum is that of the updates, exactly, if he saw all of the

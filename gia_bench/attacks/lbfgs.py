@@ -152,7 +152,8 @@ class LBFGS(Optimizer):
         state["iterations"] = state["iterations"] + who
         direction = self._direction(state, g, who, used)
         first = (1 / g.abs().sum(1)).clamp(max=1)
-        length = torch.where(state["iterations"] == 1, first, 1.0) * self.lr * moment.rate
+        rate = moment.rate.flatten() if isinstance(moment.rate, Tensor) else moment.rate
+        length = torch.where(state["iterations"] == 1, first, 1.0) * self.lr * rate
         state["direction"] = torch.where(who[:, None], direction, state["direction"])
         state["length"] = torch.where(who, length, state["length"])
         state["gradient"] = torch.where(who[:, None], g, state["gradient"])

@@ -34,7 +34,6 @@ from gia_bench.seeding import derive, stream
 from gia_bench.threat import Knowledge
 from gia_bench.values import Observation, Reconstruction
 
-
 ROUNDS = ("one", "joint")
 
 
@@ -67,11 +66,11 @@ class GradientMatching(Attack):
 
     distance, priors, constraints, optimizer, forces, schedule, initial: the parts; replay: how a guess becomes the
     update of several local steps; rounds: "one" for the attacked round alone, "joint" for the sum of all that were
-    attacked so far (``joint.summed``); labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at least 1;
-    boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests (None:
-    never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at the
-    start (the same numbers, less memory); arithmetic: compiled or not, and the precision; snapshot_every: steps between
-    two snapshots, and between two looks whether all rest.
+    attacked so far (``joint.summed``); labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at
+    least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests
+    (None: never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at
+    the start (the same numbers, less memory); arithmetic: compiled or not, and the precision; snapshot_every: steps
+    between two snapshots, and between two looks whether all rest.
 
     Every restart keeps its best iterate with that iterate's own loss; the restart with the lowest loss is returned. The
     loss is all that chooses: the truth is nowhere near. An update that was observed by an attacker who knows the
@@ -210,7 +209,7 @@ class GradientMatching(Attack):
 
     def _push(self, seeds: Sequence[int]) -> Callable[[Tensor, Moment], Tensor]:
         def push(pixels: Tensor, moment: Moment) -> Tensor:
-            course = Course(moment, self.optimizer.lr * moment.rate, seeds)
+            course = Course(moment, self.optimizer.lr, seeds)
             return torch.stack([force(pixels, course) for force in self.forces.values()]).sum(0)
 
         return push

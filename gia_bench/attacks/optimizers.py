@@ -32,11 +32,19 @@ class Evaluate(Protocol):
 
 
 class Moment(NamedTuple):
-    """Where an attack stands: step (from 0) of steps, and the schedule's factor on the learning rate."""
+    """Where an attack stands: step (from 0) of steps, and the factor on the learning rate: the schedule's, or one for
+    every candidate, [V, T].
+    """
 
     step: int
     steps: int
-    rate: float
+    rate: float | Tensor
+
+    def paced(self, way: Tensor) -> Tensor:
+        """``way`` [V, T, ...] times the factor."""
+        if isinstance(self.rate, Tensor):
+            return way * self.rate.view(*self.rate.shape, *[1] * (way.ndim - 2))
+        return way if self.rate == 1 else way * self.rate
 
 
 class Move(NamedTuple):
@@ -132,7 +140,7 @@ class Adam(Optimizer):
             mean = state[f"mean.{k}"].lerp(g, 1 - self.beta1)
             square = (state[f"square.{k}"] * self.beta2).addcmul_(g, g, value=1 - self.beta2)
             scale = (square.sqrt() / unbias2**0.5).add_(self.eps)
-            moved[k] = variables[k].addcdiv(mean, scale, value=-self.lr * moment.rate / unbias1)
+            moved[k] = variables[k].addcdiv(moment.paced(mean), scale, value=-self.lr / unbias1)
             new_state |= {f"mean.{k}": mean, f"square.{k}": square}
         return Move(loss, moved, new_state, torch.zeros_like(loss, dtype=torch.bool))
 
@@ -167,6 +175,6 @@ class SGD(Optimizer):
             g = self.transform(gradient, moment)
             velocity = state[f"velocity.{k}"] * self.momentum + g
             way = g + self.momentum * velocity if self.nesterov else velocity
-            moved[k] = variables[k] - self.lr * moment.rate * way
+            moved[k] = variables[k] - self.lr * moment.paced(way)
             new_state[f"velocity.{k}"] = velocity
         return Move(loss, moved, new_state, torch.zeros_like(loss, dtype=torch.bool))

@@ -8,22 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
-from torch import Tensor
-
 from gia_bench.attacks.base import FORGET, Apart, Attack, Snapshots
-from gia_bench.attacks.distances import Cosine, Distance
-from gia_bench.attacks.labels import METHODS
-from gia_bench.attacks.replay import LocalSteps, Replay
-from gia_bench.attacks.scene import Scene
+from gia_bench.attacks.evidence import improbability
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.threat import Knowledge
-from gia_bench.values import Batch, Observation, Reconstruction, Update
+from gia_bench.values import Observation, Reconstruction
 
 log = logging.getLogger(__name__)
 
-COSINE, STEPS = Cosine(), LocalSteps()
 _SHOWN: Mapping[Knowledge, Callable[[Observation, Victim], bool]] = {
     Knowledge.BUFFERS: lambda o, victim: bool(o.buffers) or not victim.initial()[1],
     Knowledge.NUM_EXAMPLES: lambda o, _: o.num_examples is not None,
@@ -43,11 +36,9 @@ class Standard(Attack):
     """Every member attacks; per victim the reconstruction with the best score wins, and all others are kept beside it.
 
     members: by name; version: of the list and its settings, raised whenever one changes, so that numbers are compared
-    within one version (0: one's own). The score is one for all members, since their own losses have no common unit: the
-    cosine distance between the update of the reconstruction (clamped to [0, 1], through the defense's stand-in where it
-    is known) and the observed one. Of a defense that is known to add noise, or to round by chance, it is the surprise
-    that was observed, by that law, where less than can be expected counts as so much more: the closest update is
-    closest to the noise too. No truth is in it. What choosing by truth would have given is recorded as ``oracle_``.
+    within one version (0: one's own). The score is one for all members, since their own losses have no common unit: how
+    improbable a reconstruction is, ``evidence.improbability``. No truth is in it. What choosing by truth would have
+    given is recorded as ``oracle_``.
 
     A member that needs what the threat model does not show, or cannot take the model, the update or the number of
     examples, is left out. Raises ``IncompatibleError`` where none is left, ``ConfigError`` for a member that needs a
@@ -104,7 +95,7 @@ class Standard(Attack):
                     log.debug("attack standard goes without %s: %s", name, why)
                     continue
                 for i, one in zip(rows, rebuilt, strict=True):
-                    found[i][name] = dataclasses.replace(one, score=misfit(one, observations[i], victim))
+                    found[i][name] = dataclasses.replace(one, score=improbability(one, observations[i], victim))
             if not found[rows[0]]:
                 raise IncompatibleError(_nobody(refused))
         return [_best(candidates) for candidates in found]
@@ -118,43 +109,6 @@ class Standard(Attack):
         if not left:
             raise IncompatibleError(_nobody(refused))
         return left
-
-
-@torch.no_grad()
-def misfit(
-    rebuilt: Reconstruction,
-    observation: Observation,
-    victim: Victim,
-    distance: Distance = COSINE,
-    replay: Replay = STEPS,
-) -> float:
-    """How badly a reconstruction explains the observed update, by ``distance``, or by the law of chance where it is
-    known; infinite where there is none. Sees no truth."""
-    if rebuilt.failure is not None or not bool(rebuilt.inputs.isfinite().all()):
-        return float("inf")
-    like = next(iter(observation.params.values()))
-    victim, images = victim.to(like.device), rebuilt.inputs.to(like).clamp(0, 1)
-    labels = rebuilt.labels if rebuilt.labels is not None else METHODS["auto"](observation, victim)
-    if labels is None:
-        return float("inf")
-    seen = dataclasses.replace(observation, buffers={**victim.initial()[1], **observation.buffers})
-    update = replay.update(Batch(images, labels.to(like.device), images.new_ones(len(images))), Scene(victim, seen))
-    if observation.defense is not None:
-        update = observation.defense.surrogate(update, observation)
-    surprise = _surprise(update, observation)
-    value = distance(update, observation.update) if surprise is None else surprise
-    return float(value.nan_to_num(torch.inf, torch.inf))
-
-
-def _surprise(dummy: Update, observation: Observation) -> Tensor | None:
-    """What was observed would surprise who had sent ``dummy``, in nats per entry, and reflected at its mean: a guess
-    that explains more than it can has explained the noise (after Morozov's discrepancy principle). None where no law of
-    chance is known."""
-    law = None if observation.defense is None else observation.defense.noise_law(observation)
-    if law is None:
-        return None
-    mean, found = (nats(dummy, observation.update) for nats in (law.expected, law.surprise))
-    return (mean + (found - mean).abs()) / sum(u.numel() for u in observation.update.values())
 
 
 def _best(candidates: Mapping[str, Reconstruction]) -> Reconstruction:

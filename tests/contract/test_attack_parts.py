@@ -26,7 +26,10 @@ ONE_OF_THEM: dict[str, dict[str, dict[str, str]]] = {
         "wrapped": {"Masked": WRAPPED, "Layers": WRAPPED, "Weighted": WRAPPED, "Scaled": {**WRAPPED, "factor": "2"}},
         "adaptive": {"Likelihood": {"otherwise": COSINE}},
     },
-    "optimizer": {"optimizers": {"Adam": {}, "SGD": {}}, "lbfgs": {"LBFGS": {}}, "one_at_a_time": {"OneAtATime": ADAM}},
+    "optimizer": {
+        "optimizers": {"Adam": {}, "SGD": {}}, "lbfgs": {"LBFGS": {}},
+        "one_at_a_time": {"OneAtATime": ADAM}, "plateau": {"Plateau": ADAM},
+    },
     "schedule": {"schedules": {"Constant": {}, "StepDecay": {}, "CosineWarmup": {}}},
     "initial": {
         "initial": {

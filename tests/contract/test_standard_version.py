@@ -8,10 +8,12 @@ import json
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from gia_bench.attacks.evidence import EXACT, ROUGHNESS
 from gia_bench.conf_path import CONF
 
-PINNED = {1: "1dea2c24c060e6f2", 2: "4e595ed83cdeb2c9"}
-"""version -> a hash of all settings. A version that was published stays here."""
+PINNED = {1: "1dea2c24c060e6f2", 2: "4e595ed83cdeb2c9", 3: "aceb37759b096332"}
+"""version -> a hash of all settings, from 3 on of what the choice depends on too. A version that was published stays
+here."""
 
 
 def test_a_changed_standard_has_a_new_version() -> None:
@@ -20,6 +22,7 @@ def test_a_changed_standard_has_a_new_version() -> None:
     settings = OmegaConf.to_container(cfg.attack.standard, resolve=True)
     assert isinstance(settings, dict)
     version = settings.pop("version")
+    settings["choice"] = [EXACT, ROUGHNESS]
     found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     assert PINNED.get(version) == found, (
         "the members of attack=standard, or presets that they inherit, have changed: raise conf/attack/standard.yaml's "

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.optimizers import SGD, Adam, Moment, Optimizer, Raw, Sign, SoftSign, Transform, Variables
+from gia_bench.attacks.plateau import Plateau
 from gia_bench.attacks.schedules import StepDecay
 from gia_bench.errors import ConfigError
 
@@ -72,6 +74,75 @@ def test_sgd_equals_torch_candidate_by_candidate(
         return torch.optim.SGD(x, lr=0.05, momentum=momentum, nesterov=nesterov)
 
     hold(SGD(lr=0.05, momentum=momentum, nesterov=nesterov, transform=transform), oracle, shape)
+
+
+Oracle = Callable[[list[Tensor]], torch.optim.Optimizer]
+BOUNCING: list[tuple[Optimizer, Oracle]] = [
+    (SGD(lr=0.12), lambda x: torch.optim.SGD(x, lr=0.12)),
+    (SGD(lr=0.095, momentum=0.9), lambda x: torch.optim.SGD(x, lr=0.095, momentum=0.9)),
+    (Adam(lr=0.5), lambda x: torch.optim.Adam(x, lr=0.5)),
+    (LBFGS(max_iter=2, max_eval=9), lambda x: torch.optim.LBFGS(x, max_iter=2, max_eval=9, history_size=100)),
+]
+
+
+@pytest.mark.parametrize(("inner", "oracle"), BOUNCING, ids=["sgd", "momentum", "adam", "lbfgs"])
+@pytest.mark.parametrize(("patience", "threshold"), [(0, 0.05), (2, 1e-4)])
+def test_a_rate_of_its_own_equals_torchs_on_plateau_candidate_by_candidate(
+    inner: Optimizer, oracle: Oracle, patience: int, threshold: float
+) -> None:
+    """Candidates reach their plateaus at different steps, under a common schedule that halves the rate half-way."""
+    start = 3 * torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def valley(x: Tensor) -> Tensor:
+        return loss(x) + (1 + x.cos()).sum(-1)
+
+    def evaluate(variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
+        x = variables["pixels"].clone().requires_grad_()
+        with torch.enable_grad():
+            values = valley(x)
+            gradient = torch.autograd.grad(values.sum(), x)[0]
+        return values.detach(), {"pixels": gradient}
+
+    optimizer = Plateau(optimizer=inner, factor=0.3, patience=patience, threshold=threshold)
+    variables: Variables = {"pixels": start}
+    state, rates = optimizer.init(variables), []
+    for step in range(STEPS):
+        move = optimizer.step(variables, state, evaluate, Moment(step, STEPS, 1.0 if step < STEPS // 2 else 0.5))
+        variables, state = move.variables, move.state
+        rates.append(state["plateau.rate"])
+
+    fell = 0
+    for v in range(3):
+        for t in range(2):
+            x = start[v, t].clone().requires_grad_()
+            own = oracle([x])
+            lr = own.param_groups[0]["lr"]
+            decay = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                own, factor=0.3, patience=patience, threshold=threshold, eps=0.0
+            )
+            for step in range(STEPS):
+
+                def closure(x: Tensor = x) -> Tensor:
+                    value = valley(x)
+                    x.grad = torch.autograd.grad(value, x)[0]
+                    return value
+
+                common, plain = (1.0 if step < STEPS // 2 else 0.5), own.param_groups[0]["lr"]
+                own.param_groups[0]["lr"] = plain * common
+                before = own.step(closure).detach()  # type: ignore[arg-type]
+                own.param_groups[0]["lr"] = plain
+                decay.step(float(before))  # type: ignore[arg-type]
+                assert float(rates[step][v, t]) == pytest.approx(own.param_groups[0]["lr"] / lr)
+            fell += own.param_groups[0]["lr"] < lr
+            torch.testing.assert_close(variables["pixels"][v, t], x.detach(), rtol=1e-6, atol=1e-8)
+    assert fell, "no candidate reached a plateau, so that nothing was compared"
+    assert len({tuple(r.flatten().tolist()) for r in rates}) > 1
+
+
+@pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"patience": -1}, {"threshold": 1.0}])
+def test_a_plateau_refuses_what_means_nothing(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Plateau(optimizer=Adam(), **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"nesterov": True}])

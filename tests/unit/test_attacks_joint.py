@@ -14,10 +14,10 @@ from attack_problems import problem
 from command import SMALL, gia_bench
 
 from gia_bench.attacks.adaptive import Withheld
-from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.dlg import dlg
+from gia_bench.attacks.evidence import misfit
+from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.joint import AllRounds, summed
-from gia_bench.attacks.standard import misfit
 from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -18,14 +17,12 @@ from gia_bench.attacks.compensating import Compensating
 from gia_bench.attacks.distances import Cosine
 from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.oblivious import Oblivious
-from gia_bench.attacks.standard import Standard, misfit
+from gia_bench.attacks.standard import Standard
 from gia_bench.attacks.wrapped import Layers
 from gia_bench.defenses.dgp import DGP
-from gia_bench.defenses.noise import GaussianNoise
 from gia_bench.errors import ConfigError, IncompatibleError
 from gia_bench.metrics import Metrics, evaluate
 from gia_bench.models.functional import Victim
-from gia_bench.seeding import stream
 from gia_bench.threat import Knowledge, Power
 from gia_bench.values import Observation, Reconstruction, Truth, Update
 
@@ -92,46 +89,8 @@ def test_the_reconstruction_that_explains_the_update_wins_victim_by_victim_whate
     )
     assert torch.equal(found[0].inputs, P.images[0])
     assert torch.equal(found[1].inputs, P.images[1])
-    assert found[0].score == pytest.approx(0, abs=1e-5)
-    assert found[2].score > 1e-3
+    assert max(found[0].score, found[1].score) < found[2].score
     assert set(found[0].alternatives) == {"a", "b"}
-
-
-def test_the_misfit_of_the_truth_is_zero_and_of_nothing_infinite() -> None:
-    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
-    assert misfit(right, P.observations[0], P.victim) == pytest.approx(0, abs=1e-5)
-    assert misfit(dataclasses.replace(right, failure="none"), P.observations[0], P.victim) == math.inf
-    broken = dataclasses.replace(right, inputs=P.images[0] * math.nan)
-    assert misfit(broken, P.observations[0], P.victim) == math.inf
-
-
-def test_a_known_defense_is_part_of_the_misfit() -> None:
-    defense = DGP(k1=0.1, k2=0.5)
-    seen = P.observations[0]
-    pruned = dataclasses.replace(seen, update=_halved(seen.update))
-    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
-    informed = misfit(right, dataclasses.replace(pruned, defense=defense), P.victim)
-    assert informed == pytest.approx(0, abs=1e-5)
-    assert misfit(right, pruned, P.victim) > 1e-4
-
-
-def test_who_explains_the_noise_too_is_farther_from_a_noisy_update_than_the_truth() -> None:
-    """The closest update is closest to the noise: with the law known, the truth is as far off as noise is."""
-    defense, seen = GaussianNoise(scale=0.1), P.observations[0]
-    noise = {k: 0.1 * torch.randn(v.shape, generator=stream(0, "noise", k)) for k, v in seen.update.items()}
-    noisy = dataclasses.replace(seen, update={k: v + noise[k] for k, v in seen.update.items()}, defense=defense)
-    right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
-    entries = sum(v.numel() for v in seen.update.values())
-    assert misfit(right, noisy, P.victim) == pytest.approx(0.5, abs=2 * math.sqrt(2 / entries))
-    # an update as if there had been no noise: nothing is left to explain, which is as far from half a nat an entry
-    assert misfit(right, dataclasses.replace(seen, defense=defense), P.victim) == pytest.approx(1, abs=1e-4)
-    quiet = dataclasses.replace(
-        noisy,
-        update={k: v + noise[k] / 100 for k, v in seen.update.items()},
-        defense=GaussianNoise(scale=0.001),
-    )
-    wrong = dataclasses.replace(right, inputs=1 - P.images[0])
-    assert misfit(wrong, quiet, P.victim) > 2 * misfit(right, quiet, P.victim)
 
 
 def test_the_oracle_bound_is_the_best_candidate_of_every_image_and_metric() -> None:
