@@ -1,4 +1,4 @@
-"""What every defense costs a client, as a Markdown table:  python scripts/defense_cost.py [options] [defense ...]
+"""What every defense costs, as a Markdown table:  python scripts/defense_cost.py [options] [defense ...]
 
   --model lenet|lenet_zhu|resnet18|...  any choice of conf/model (lenet)       --clients N   in the round (10)
   --batch N                             examples per client (8)                 --repeats N   of each (9)
@@ -7,7 +7,8 @@
 
 Time is what the clients compute (random numbers, local work, protection) in one FedSGD round on random images, in CPU
 seconds of all threads (wall-clock seconds on a GPU), which other users of the machine disturb least. Each round of a
-defense follows one without any; the ratio is the median over these pairs. Without names: all of conf/defense.
+defense follows one without any; the ratio is the median over these pairs. The server's is what it makes of the mean
+(GradDefense's compensation), in seconds on the wall. Without names: all of conf/defense.
 ``--residuals`` instead plays rounds of 4 clients with DGP, twice for every client, and prints the peak memory; the
 states lie below the current folder.
 """
@@ -96,13 +97,25 @@ class ClientSide:
         payloads = [encode(u, self.shared, n) for u, n in zip(self.sent, self.cohort.num_examples, strict=False)]
         self.num_bytes = sum(p.num_bytes for p in payloads) // len(payloads)
 
+    def serve(self) -> Callable[[], None]:
+        """What the server does to the mean of what was sent, beside taking it."""
+        mean = {k: torch.stack([update[k] for update in self.sent]).mean(0) for k in self.sent[0]}
+        shares = [1 / len(self.sent)] * len(self.sent)
 
-def seconds(action: Callable[[], None]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+        def compensate() -> None:
+            self.rules.defense.compensate(mean, self.server.defense, self.shared, shares)
+
+        return compensate
+
+
+def seconds(action: Callable[[], None], wall: bool = False) -> float:
+    if wall or DEVICE.type == "cuda":
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
         action()
-        torch.cuda.synchronize()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - started
     started = time.process_time()
     action()
@@ -110,12 +123,14 @@ def seconds(action: Callable[[], None]) -> float:
 
 
 class Cost(NamedTuple):
-    """Of one client: ms of computing and of packing, the median ratio of the former to no defense's, bytes."""
+    """Of one client: ms of computing and of packing, the median ratio of the former to no defense's, bytes; of the
+    server: seconds a round."""
 
     compute: float
     ratio: float
     pack: float
     num_bytes: int
+    server: float
 
 
 def cost(options: argparse.Namespace, name: str, executor: str) -> Cost:
@@ -129,10 +144,12 @@ def cost(options: argparse.Namespace, name: str, executor: str) -> Cost:
     pairs = [
         (seconds(plain.compute), seconds(defended.compute), seconds(defended.pack)) for _ in range(options.repeats)
     ]
-    each = 1e3 / clients
+    each, compensate = 1e3 / clients, defended.serve()
+    compensate()
+    server = median(seconds(compensate, wall=True) for _ in range(3))
     return Cost(
         each * median(p[1] for p in pairs), median(p[1] / p[0] for p in pairs), each * median(p[2] for p in pairs),
-        defended.num_bytes,
+        defended.num_bytes, server,
     )  # fmt: skip
 
 
@@ -150,7 +167,7 @@ def cost_table(options: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{options.model}, {options.clients} clients x {options.batch} images, torch {torch.__version__}, {where}"
     columns = [f"{e}: {what}" for e in executors for what in ("ms/client", "x none")]
-    header = ["defense", *columns, "packing: ms/client", "uplink bytes"]
+    header = ["defense", *columns, "packing: ms/client", "uplink bytes", "server: s/round"]
     with torch.no_grad(), rows(title, header) as lines:
         for name in options.names or RECIPES:
             label = " ".join([name, *options.overrides])
@@ -160,7 +177,9 @@ def cost_table(options: argparse.Namespace) -> None:
                 lines.append(f"| {label} | skipped: {error} |" + " |" * (len(header) - 2))
                 continue
             cells = [cell for c in found for cell in (f"{c.compute:.1f}", f"{c.ratio:.2f}")]
-            lines.append(f"| {label} | {' | '.join(cells)} | {found[-1].pack:.2f} | {found[-1].num_bytes:,} |")
+            last = found[-1]
+            cells += [f"{last.pack:.2f}", f"{last.num_bytes:,}", f"{last.server:.3f}"]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr)
 
 
