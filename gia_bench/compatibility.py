@@ -85,5 +85,26 @@ def check_examples(
             )
 
 
+def check_rounds(name: str, attack: Attack, threat: ThreatModel, data: FederatedDataModule, schedule: Schedule) -> None:
+    """Raises ``IncompatibleError`` where an attack that takes a client's rounds together would take updates of
+    different examples for updates of the same."""
+    if not attack.remembers:
+        return
+    before: dict[tuple[int | None, int], set[int]] = {}
+    for round_index in schedule.attack_rounds:
+        cohort = data.cohort(round_index)
+        everyone = range(len(cohort.clients))
+        alone = {cohort.clients[m]: [m] for m in everyone[: schedule.attack_clients]}
+        for client, members in (alone if threat.sees_clients else {None: [*everyone]}).items():
+            used, count = set(cohort.used(members)), sum(cohort.said[m] for m in members)
+            if before.setdefault((client, count), used) != used:
+                whose = "all clients" if client is None else f"client {client}"
+                raise IncompatibleError(
+                    f"attack {name} takes the rounds of {whose} together, and round {round_index} has other examples "
+                    "than one before it; set fl.local.batch_size=null (all of a client's data), or attack each round "
+                    "alone (rounds=one)."
+                )
+
+
 def _names(flags: Knowledge | Power) -> str:
     return ", ".join(member.name.lower() for member in flags if member.name)

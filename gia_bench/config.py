@@ -16,7 +16,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.attacks.base import Attack
-from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_sampling, check_threat
+from gia_bench.compatibility import (
+    check_aggregation,
+    check_attacked,
+    check_examples,
+    check_rounds,
+    check_sampling,
+    check_threat,
+)
 from gia_bench.data.datamodule import FederatedDataModule
 from gia_bench.data.partition import Partition, Scheme
 from gia_bench.data.public import public_examples
@@ -151,6 +158,7 @@ def build(cfg: DictConfig, run: Run) -> Experiment:
     check_attacked(threat, data, schedule)
     for name, attack in attacks.items():
         check_examples(name, attack, threat, data, schedule)
+        check_rounds(name, attack, threat, data, schedule)
     return Experiment(
         run=run, data=data, public=public, rules=rules, schedule=schedule, threat=threat, attacks=attacks,
         metrics=metrics, trainer=trainer, mirror=mirror, images=cfg.images,

@@ -66,6 +66,52 @@ class Held:
         )  # fmt: skip
 
 
+class Conditioned(nn.Module):
+    """In the shape of BigGAN's: every layer after the first is told latents and labels anew, and scales by them."""
+
+    class Block(nn.Module):
+        """Twice the size; channels are scaled and moved by the condition."""
+
+        def __init__(self, before: int, after: int, told: int) -> None:
+            super().__init__()
+            self.grow = nn.ConvTranspose2d(before, after, 4, 2, 1)
+            self.scale, self.shift = nn.Linear(told, after), nn.Linear(told, after)
+
+        def forward(self, x: Tensor, told: Tensor) -> Tensor:
+            grown: Tensor = self.grow(x) * self.scale(told)[..., None, None] + self.shift(told)[..., None, None]
+            return grown.tanh()
+
+    class First(nn.Module):
+        """From latents and labels side by side; the condition is not needed."""
+
+        def __init__(self, told: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(told, 8 * 4)
+
+        def forward(self, x: Tensor, told: Tensor) -> Tensor:
+            made: Tensor = self.linear(x).unflatten(1, (8, 2, 2)).tanh()
+            return made
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        told = LATENT + classes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            self.layers = nn.ModuleList([self.First(told), self.Block(8, 6, told), self.Block(6, 1, told)])
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+        self.eval()
+
+    def condition(self, latents: Tensor, classes: Tensor) -> Tensor:
+        return torch.cat([latents, classes], 1)
+
+    def forward(self, latents: Tensor, classes: Tensor) -> Tensor:
+        x = told = self.condition(latents, classes)
+        for layer in self.layers:
+            x = layer(x, told)
+        return x
+
+
 def in_range(
     victims: int,
     source: Held,

@@ -1,8 +1,9 @@
 """How improbable a reconstruction is, by what an attacker sees and by nothing else.
 
 Minus the log of a density, in nats, up to a constant that is the same for all reconstructions of an update: how badly
-it explains what was observed, and how unlike an image it is. Where equations outnumber the unknowns the first decides;
-where they do not, many images explain them, and the second does.
+it explains what was observed, and how unlike an image it is. Where the update says much the first decides; where it
+says little, many images explain it, and the second does: it is least for an even grey, and so is their sum for an
+update that says nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gia_bench.attacks.distances import Cosine, Distance
-from gia_bench.attacks.labels import METHODS
+from gia_bench.attacks.labels import auto
 from gia_bench.attacks.replay import LocalSteps, Replay
 from gia_bench.attacks.scene import Scene
+from gia_bench.errors import IncompatibleError
 from gia_bench.models.functional import Victim
 from gia_bench.values import Batch, Observation, Reconstruction, Update
 
@@ -34,9 +36,8 @@ EXACT = 1e-7
 def improbability(rebuilt: Reconstruction, observation: Observation, victim: Victim) -> float:
     """The nats of what was observed, given the reconstruction, and those of its images; infinite where there are none.
 
-    Observed, of n entries that are not zero: by the law of noise or rounding where the defense is known to have one,
-    reflected at its mean, since a guess that explains more than it can has explained the noise (after Morozov's
-    discrepancy principle); of signs, n times the entropy of the share that is wrong, as if each were turned by chance;
+    Observed, of n entries that are not zero: by the law of noise or rounding where the defense is known to have one; of
+    signs, n times the entropy of the share that is wrong, as if each were turned by chance;
     of numbers, n / 2 times the log of the cosine distance, as if they were off by Gaussian noise of unknown size.
     Images: neighbours differ by a Laplace law whose mean is ``ROUGHNESS``, which counts once for every pixel.
     """
@@ -70,10 +71,12 @@ def explanation(
         return None
     like = next(iter(observation.params.values()))
     victim, images = victim.to(like.device), rebuilt.inputs.to(like).clamp(0, 1)
-    labels = rebuilt.labels if rebuilt.labels is not None else METHODS["auto"](observation, victim)
-    if labels is None:
+    try:
+        labels = rebuilt.labels if rebuilt.labels is not None else auto(observation, victim)
+    except IncompatibleError:  # there is no linear layer to read them off
         return None
-    seen = dataclasses.replace(observation, buffers={**victim.initial()[1], **observation.buffers})
+    buffers = {k: v.to(like.device) for k, v in {**victim.initial()[1], **observation.buffers}.items()}
+    seen = dataclasses.replace(observation, buffers=buffers)
     update = replay.update(Batch(images, labels.to(like.device), images.new_ones(len(images))), Scene(victim, seen))
     return update if observation.defense is None else observation.defense.surrogate(update, observation)
 
@@ -82,11 +85,11 @@ def _unexplained(sent: Update, observation: Observation) -> Tensor:
     observed = observation.update
     law = None if observation.defense is None else observation.defense.noise_law(observation)
     if law is not None:
-        mean = law.expected(sent, observed)
-        return mean + (law.surprise(sent, observed) - mean).abs()
+        return law.surprise(sent, observed).double()
     count = sum(int((u != 0).sum()) for u in observed.values())
     if _signs(observed):
-        wrong = sum(int(((u != 0) & (sent[k].sign() != u.sign())).sum()) for k, u in observed.items())
+        # SignSGD sends 0 as +, and of an attacker who does not know it the dummy may hold many
+        wrong = sum(int(((u != 0) & ((sent[k] < 0) != (u < 0))).sum()) for k, u in observed.items())
         share = torch.tensor(min(wrong / count, 0.5), dtype=torch.float64)  # worse than chance is no better than chance
         entropy: Tensor = torch.special.entr(share) + torch.special.entr(1 - share)
         return count * entropy

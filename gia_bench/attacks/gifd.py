@@ -72,7 +72,7 @@ class GIFD(Generative):
             clamp: Callable[[Variables], Variables] = _unchanged
             if layer:
                 before = next(iter(variables.values()))
-                variables = {"features": _features(group, before, layer - 1)}
+                variables = {"features": _features(group, before, layer - 1, fixed["latents"])}
                 radius = self.radii[min(layer, len(self.radii)) - 1]
                 clamp = _ball(variables["features"], radius)
             render = _from(generator, layer)
@@ -84,7 +84,7 @@ class GIFD(Generative):
             ends.append(Found(group.images(render, end.best, fixed), end.best_loss, end.diverged))
             variables = end.best
             if not layer:
-                fixed = end.best  # so that a penalty on the latents counts for every layer alike
+                fixed = end.best  # a penalty on the latents counts for every layer alike, and a layer may be told them
         return best_of(*ends)
 
 
@@ -116,11 +116,11 @@ def _ball(centre: Tensor, share: float) -> Callable[[Variables], Variables]:
     return clamp
 
 
-def _features(group: LatentGroup, before: Tensor, layer: int) -> Tensor:
+def _features(group: LatentGroup, before: Tensor, layer: int, latents: Tensor) -> Tensor:
     """What ``layer`` makes of the best that was found before it, [V, T, B, ...]."""
     classes = group.classes.expand(*before.shape[:2], *group.classes.shape[2:])
     with torch.no_grad():
-        made = group.generator.features(before.flatten(0, 2), classes.flatten(0, 2), layer)
+        made = group.generator.features(before.flatten(0, 2), layer, latents.flatten(0, 2), classes.flatten(0, 2))
     return apart(made, before.shape[:3])
 
 
@@ -128,7 +128,12 @@ def _from(generator: Generator, layer: int) -> Render:
     """The images of the latents (layer 0) or of the features after ``layer`` layers."""
 
     def render(variables: Variables, classes: Tensor) -> Tensor:
-        given = variables["features" if layer else "latents"]
-        return apart(generator.images(given.flatten(0, 1), classes.flatten(0, 1), layer), given.shape[:2])
+        latents = variables["latents"]
+        flat, told = latents.flatten(0, 1), classes.flatten(0, 1)
+        if layer:
+            made = generator.images_from(variables["features"].flatten(0, 1), layer, flat, told)
+        else:
+            made = generator.images(flat, told)
+        return apart(made, latents.shape[:2])
 
     return render

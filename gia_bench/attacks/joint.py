@@ -1,9 +1,10 @@
 """Several rounds of one client as one: what error feedback holds back in a round, it sends in a later one.
 
 With error feedback the sum of what was sent is the sum of the client's updates but for its last residual, so that a
-defense which withholds much of every round withholds little of many. For clients that train on the same examples in
-every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was used
-are left out. (gia_bench's own.)
+defense which withholds much of every round withholds little of many. All is divided by the number of rounds, so that
+it is as large as one round's update and labels are read off it as off one. For clients that train on the same examples
+in every round (fl.local.batch_size=null, or FedAvg on all their data); rounds in which another number of examples was
+used are left out. (gia_bench's own.)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from gia_bench.values import Batch, Observation, Update
 @final
 @dataclass(frozen=True, kw_only=True)
 class AllRounds(Replay):
-    """The sum over rounds of what the guessed images would have sent, each at the model of its round. ``one``: a single
-    round's replay. It costs as many gradients as there are rounds."""
+    """The mean over rounds of what the guessed images would have sent, each at the model of its round. ``one``: a
+    single round's replay. It costs as many gradients as there are rounds."""
 
     one: Replay = field(default_factory=LocalSteps)
 
@@ -42,7 +43,7 @@ class AllRounds(Replay):
             own = scene.observation.buffers if scene.victim.training else past.buffers
             sent = self.one.update(batch, Scene(scene.victim, dataclasses.replace(past, buffers=own)))
             total = {k: u + sent[k] for k, u in total.items()}
-        return total
+        return {k: u / (1 + len(scene.observation.earlier)) for k, u in total.items()}
 
     def penalty(self, candidate: Candidate, scene: Scene) -> Tensor:
         return self.one.penalty(candidate, scene)
@@ -51,20 +52,21 @@ class AllRounds(Replay):
         return self.one.merge(pixels, labels, observation)
 
 
-def summed(observation: Observation, victim: Victim) -> Observation:
-    """One observation whose update is the sum over its own round and the earlier ones of as many examples, to be
+def joined(observation: Observation, victim: Victim) -> Observation:
+    """One observation whose update is the mean over its own round and the earlier ones of as many examples, to be
     replayed by ``AllRounds``.
 
-    An attacker who knows the defense, and that it ``repays`` what it withholds, compares the sums only where the last
-    round sent something: there nothing is owed, and the sum is that of the updates, exactly, if he saw all of the
+    An attacker who knows the defense, and that it ``repays`` what it withholds, compares only where the last round sent
+    something: there nothing is owed, and the mean is that of the updates, exactly, if he saw all of the
     client's rounds. Where he did not he compares all entries. Of any other defense no use is made: what stands for one
-    round's pruning does not stand for the sum of many.
+    round's pruning does not stand for the mean of many.
     """
-    published, alike = victim.initial()[1], _alike(observation)
-    update = {k: u + sum(e.update[k] for e in alike) for k, u in observation.update.items()}
+    like, alike = next(iter(observation.params.values())), _alike(observation)
+    published = {k: v.to(like.device) for k, v in victim.initial()[1].items()}
+    update = {k: (u + sum(e.update[k] for e in alike)) / (1 + len(alike)) for k, u in observation.update.items()}
     defense = observation.defense if exact(observation) else None
     if defense is not None:
-        # the entries that the stand-in lets pass, which may be 0 in the last round and not in the sum
+        # the entries that the stand-in lets pass, which may be 0 in the last round and not in the mean
         ones = {k: torch.ones_like(u) for k, u in update.items()}
         passed = defense.surrogate(ones, observation)
         update = {k: torch.where(passed[k] != 0, u, 0) for k, u in update.items()}
@@ -73,8 +75,8 @@ def summed(observation: Observation, victim: Victim) -> Observation:
 
 
 def exact(observation: Observation) -> bool:
-    """Whether the sum over rounds is that of the updates themselves where the last round sent something: the defense is
-    known and repays what it withholds, and no round of the client is missing."""
+    """Whether the mean over rounds is that of the updates themselves where the last round sent something: the defense
+    is known and repays what it withholds, and no round of the client is missing."""
     defense = observation.defense
     # a mean of several clients owes something wherever one of them sent nothing
     own = defense is not None and defense.repays and observation.num_clients == 1

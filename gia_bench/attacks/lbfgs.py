@@ -87,8 +87,9 @@ class LBFGS(Optimizer):
         x = walk(state, start, loss, g, value_and_gradient, moment)
         # the same x gives the same gradient, y = 0, no new pair and the same direction: nothing will ever change
         settled = (x == start).all(1)
-        if self.line_search != "none":  # the very first search has a first trial of its own, the second may do better
-            settled = settled & (state["iterations"] != 1)
+        if self.line_search != "none":  # a search that found nothing may find something at another learning rate
+            flat = (g * state["direction"]).sum(1) > -self.tolerance_change
+            settled = settled & (flat | (g.abs().amax(1) <= self.tolerance_grad))
         return Move(loss.view(shape), _unflat(x, variables), state, settled.view(shape))
 
     def _stride(self, state: State, x: Tensor, loss: Tensor, g: Tensor, ask: Ask, moment: Moment) -> Tensor:

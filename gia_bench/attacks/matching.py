@@ -20,7 +20,7 @@ from gia_bench.attacks.distances import Distance
 from gia_bench.attacks.forces import Course, Force
 from gia_bench.attacks.group import STEPS, Group
 from gia_bench.attacks.initial import GivenImage, Initial, Randn
-from gia_bench.attacks.joint import AllRounds, summed
+from gia_bench.attacks.joint import AllRounds, joined
 from gia_bench.attacks.labels import METHODS
 from gia_bench.attacks.optimize import Progress, Search
 from gia_bench.attacks.optimizers import Moment, Optimizer, Variables
@@ -65,8 +65,8 @@ class GradientMatching(Attack):
     """Minimise distance(dummy update, observed update) + priors over images, for all victims and restarts at once.
 
     distance, priors, constraints, optimizer, forces, schedule, initial: the parts; replay: how a guess becomes the
-    update of several local steps; rounds: "one" for the attacked round alone, "joint" for the sum of all that were
-    attacked so far (``joint.summed``); labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at
+    update of several local steps; rounds: "one" for the attacked round alone, "joint" for the mean of all that were
+    attacked so far (``joint.joined``); labels: how labels are found, one of ``labels.METHODS``; steps, restarts: at
     least 1; boxed: images are clamped to [0, 1] after each step; stop_below: a candidate whose loss falls below rests
     (None: never); max_batch: candidates evaluated at once, None for all, "auto" for as many as the free memory holds at
     the start (the same numbers, less memory); arithmetic: compiled or not, and the precision; snapshot_every: steps
@@ -109,7 +109,7 @@ class GradientMatching(Attack):
             raise ConfigError(choices("attack.rounds", self.rounds, ROUNDS))
         if self.remembers and self.constraints:
             raise ConfigError(
-                "attack.constraints bound what one round withholds, which says nothing of a sum of rounds; take them "
+                "attack.constraints bound what one round withholds, which says nothing of the mean of many; take them "
                 "out, or set attack.rounds=one."
             )
 
@@ -146,7 +146,7 @@ class GradientMatching(Attack):
         if self.remembers:
             one = dataclasses.replace(self, rounds="one", replay=AllRounds(one=self.replay))
             return one.reconstruct_many(
-                [summed(o, victim) for o in observations], victim, seeds=seeds, snapshots=snapshots
+                [joined(o, victim) for o in observations], victim, seeds=seeds, snapshots=snapshots
             )
         found: dict[int, Reconstruction] = {}
         for members in alike(observations, victim, self.priors):

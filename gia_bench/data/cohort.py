@@ -65,7 +65,7 @@ class Cohort:
     @cached_property
     def num_examples(self) -> tuple[int, ...]:
         """Per client, how many distinct examples its local steps use."""
-        return tuple(len(self._used([m])) for m in range(len(self.clients)))
+        return tuple(len(self.used([m])) for m in range(len(self.clients)))
 
     @property
     def said(self) -> tuple[int, ...]:
@@ -74,8 +74,9 @@ class Cohort:
 
     def truth(self, clients: Sequence[int]) -> Truth:
         """The distinct images behind the updates of some clients, in the order of their first use."""
-        indices = torch.tensor(self._used([self.clients.index(c) for c in clients]), dtype=torch.int64)
+        indices = torch.tensor(self.used([self.clients.index(c) for c in clients]), dtype=torch.int64)
         return Truth(self.source.images(indices).to(self.device), self.source.labels[indices].to(self.device))
 
-    def _used(self, members: Sequence[int]) -> list[int]:
+    def used(self, members: Sequence[int]) -> list[int]:
+        """The distinct examples behind the updates of some members, in the order of their first use."""
         return list(dict.fromkeys(int(i) for m in members for step in self.steps[m] for i in step))

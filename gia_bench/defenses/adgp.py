@@ -9,11 +9,10 @@ import torch
 
 from gia_bench.defenses.base import AskClient
 from gia_bench.defenses.feedback import Select
-from gia_bench.defenses.selection import band, check_band, exact, on_support, restricted
+from gia_bench.defenses.selection import band, check_band, exact
 from gia_bench.defenses.withholding import Withholding
 from gia_bench.errors import ConfigError, choices
-from gia_bench.values import Noise, Observation, Params, Shared, State, Update
-from gia_bench.wire import ALIGNED, Codec
+from gia_bench.values import Noise, Params, Shared, State
 from gia_bench.wire.aligned import MASK
 
 LEADERS = ("first", "round_robin", "random")
@@ -45,11 +44,6 @@ class ADGP(Withholding):
             raise ConfigError(choices("defense adgp: leader", self.leader, LEADERS))
 
     @property
-    def codec(self) -> Codec:
-        """Values only: everybody knows their positions."""
-        return ALIGNED
-
-    @property
     def asks_a_leader(self) -> bool:
         """Always: the mask is the leader's."""
         return True
@@ -76,9 +70,3 @@ class ADGP(Withholding):
     def choice(self, shared: Shared, noise: Noise) -> Select:
         """The announced entries."""
         return lambda full: {name: shared[MASK + name] for name in full}
-
-    def surrogate(self, update: Update, observation: Observation) -> Update:
-        """The dummy update on the announced mask; if that is hidden, where the observed update is not zero."""
-        if not observation.shared:
-            return on_support(update, observation.update)
-        return restricted(update, {name: observation.shared[MASK + name] for name in update})

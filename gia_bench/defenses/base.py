@@ -48,11 +48,6 @@ class NoiseLaw(Protocol):
         where they agree. Differentiable in ``dummy``; runs under ``vmap``."""
         ...
 
-    def expected(self, dummy: Update, observed: Update) -> Tensor:
-        """The mean of ``surprise`` over what could have been observed if ``dummy`` was to be sent: a scalar. Who
-        explains the observed update better than this has explained the noise."""
-        ...
-
 
 class Defense(ABC):
     """Hyperparameters are fields of a frozen dataclass; state is an argument and a return value.

@@ -13,7 +13,7 @@ from gia_bench.values import Update
 
 _LOW_BITS = 8
 
-EDGE = 0.95
+EDGE = 0.999
 """Of a unit: how far an entry may be from what it was rounded to before ``ByChance`` goes on along the tangent."""
 
 
@@ -70,12 +70,6 @@ class ByChance:
         units = self._units(observed)
         away = torch.cat([((dummy[k] - observed[k]).abs() / unit).flatten() for k, unit in units.items()])
         return _nats(away).sum()
-
-    def expected(self, dummy: Update, observed: Update) -> Tensor:
-        """Of the multiples below and above every entry, each as often as it happens."""
-        units = self._units(observed)
-        part = torch.cat([(dummy[k].abs() / unit).frac().flatten() for k, unit in units.items()])
-        return ((1 - part) * _nats(part) + part * _nats(1 - part)).sum()
 
     def _units(self, observed: Update) -> dict[str, Tensor]:
         """Of every tensor that has entries."""

@@ -103,10 +103,6 @@ class Gaussian:
         squares = [(dummy[k] - o).square().sum() for k, o in observed.items()]
         return torch.stack(squares).sum() / (2 * self.sigma**2)
 
-    def expected(self, dummy: Update, observed: Update) -> Tensor:
-        """Half a nat per entry."""
-        return _entries(observed) / 2
-
 
 @final
 @dataclass(frozen=True)
@@ -117,19 +113,10 @@ class _Laplace:
         """Differences / b."""
         return torch.stack([(dummy[k] - o).abs().sum() for k, o in observed.items()]).sum() / self.b
 
-    def expected(self, dummy: Update, observed: Update) -> Tensor:
-        """A nat per entry."""
-        return _entries(observed)
-
 
 def averaged(observation: Observation | None) -> int:
     """Over how many clients' noise the observed update is the mean; equally weighted, since weights are not shown."""
     return 1 if observation is None else observation.num_clients
-
-
-def _entries(update: Update) -> Tensor:
-    like = next(iter(update.values()))
-    return like.new_tensor(float(sum(u.numel() for u in update.values())))
 
 
 def _noisy(update: Update, noise: Noise, scale: float) -> Update:

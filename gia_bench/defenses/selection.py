@@ -80,6 +80,7 @@ def violation(update: Update, observed: Update, k1: Fraction, scope: str) -> Ten
     Of the withheld entries of a tensor (or of all tensors) the floor(k1 n) largest are at least as large as the largest
     observed one, the others at most as large as the smallest. An observed update without any entry gives 0.
     """
+    update = {name: u for name, u in update.items() if u.numel()}
     names = [[name] for name in update] if scope == "tensor" else [list(update)]
     rows = [[torch.cat([u[name].reshape(-1) for name in some]) for u in (update, observed)] for some in names]
     return torch.stack([_violation(dummy, seen, math.floor(k1 * dummy.numel())) for dummy, seen in rows]).sum()

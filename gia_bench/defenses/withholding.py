@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.feedback import ErrorFeedback, Select
-from gia_bench.defenses.selection import on_support
+from gia_bench.defenses.selection import on_support, restricted
 from gia_bench.values import Noise, Observation, Params, Shared, State, Update
-from gia_bench.wire import SPARSE, Codec
+from gia_bench.wire import ALIGNED, SPARSE, Codec
+from gia_bench.wire.aligned import MASK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Withholding(Defense):
 
     @property
     def codec(self) -> Codec:
-        """Values and their positions."""
-        return SPARSE
+        """Values and their positions; values only where a leader announces the positions."""
+        return ALIGNED if self.asks_a_leader else SPARSE
 
     def init_client(self, like: Params) -> State:
         """An empty residual."""
@@ -43,7 +44,10 @@ class Withholding(Defense):
         return self.error_feedback.send(update, state, self.choice(shared, noise))
 
     def surrogate(self, update: Update, observation: Observation) -> Update:
-        """The dummy update where the observed one is not zero."""
+        """The dummy update on a leader's announced mask; without one, or where it is hidden, where the observed update
+        is not zero."""
+        if self.asks_a_leader and observation.shared:
+            return restricted(update, {name: observation.shared[MASK + name] for name in update})
         return on_support(update, observation.update)
 
     @property

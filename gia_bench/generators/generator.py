@@ -24,7 +24,9 @@ class Generator:
     image_size: (H, W) to which its images are resampled (bilinear, antialiased); None: they stay as it makes them.
 
     Where it can be cut into layers (an ``nn.Sequential``, or a module whose attribute ``layers`` holds them in order),
-    attacks may search between them. The first one takes latents and labels side by side.
+    attacks may search between them. The first one takes latents and labels side by side. Where every layer is told the
+    latents or labels anew (the blocks of BigGAN and StyleGAN), the module has a method ``condition``, from what it
+    takes itself to a tensor that is each layer's second argument.
 
     Raises ``ConfigError`` for a module that does not give images from such latents.
     """
@@ -71,21 +73,32 @@ class Generator:
         """The same generator on the device and in the dtype of ``tensor``."""
         return dataclasses.replace(self, module=copy.deepcopy(self.module).to(tensor.device, tensor.dtype))
 
-    def images(
-        self, latents: Tensor, classes: Tensor, layer: int = 0, params: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """Images [N, C, H, W] in [0, 1] from latents, or from the features after ``layer`` layers.
+    def images(self, latents: Tensor, classes: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Images [N, C, H, W] in [0, 1].
 
         classes: [N, num_classes], ignored by a generator that is told no labels; params: by name, instead of its own.
         """
-        if layer:
-            made = latents
-            for part in self._layers()[layer:]:
-                made = part(made)
-        elif params is not None:
+        if params is not None:
             made = functional_call(self.module, dict(params), self._arguments(latents, classes))
         else:
             made = self.module(*self._arguments(latents, classes))
+        return self._finished(made)
+
+    def images_from(self, features: Tensor, layer: int, latents: Tensor, classes: Tensor) -> Tensor:
+        """Images from the features after ``layer`` layers (at least 1); latents, classes: that all layers are told."""
+        made, told = features, self._told(latents, classes)
+        for part in self._layers()[layer:]:
+            made = part(made, *told)
+        return self._finished(made)
+
+    def features(self, before: Tensor, layer: int, latents: Tensor, classes: Tensor) -> Tensor:
+        """What ``layer`` (from 1) makes of the features before it; layer 0 of the latents, whatever ``before`` is."""
+        given = before if layer else torch.cat(self._arguments(latents, classes), 1)
+        made: Tensor = self._layers()[layer](given, *self._told(latents, classes))
+        return made
+
+    def _finished(self, made: Tensor) -> Tensor:
+        """In [0, 1], and of the size that is wanted."""
         low, high = self.output_range
         unit: Tensor = made if (low, high) == (0, 1) else (made - low) / (high - low)
         if self.image_size is None:
@@ -94,12 +107,6 @@ class Generator:
         unit = unit if unit.dtype == torch.float64 else unit.float()
         return nn.functional.interpolate(unit, self.image_size, mode="bilinear", antialias=True)
 
-    def features(self, before: Tensor, classes: Tensor, layer: int) -> Tensor:
-        """What ``layer`` (from 0) makes of what is before it: of latents [N, *latent_shape], or of features."""
-        given = torch.cat(self._arguments(before, classes), 1) if layer == 0 else before
-        made: Tensor = self._layers()[layer](given)
-        return made
-
     def num_layers(self) -> int:
         """How many layers it is made of. Raises ``IncompatibleError`` where it cannot be cut into layers."""
         layers = self._layers()
@@ -107,7 +114,7 @@ class Generator:
         latents = torch.linspace(-1, 1, 2 * torch.Size(self.latent_shape).numel()).view(2, *self.latent_shape).to(like)
         classes = like.new_ones(2, self.num_classes or 0)
         with torch.no_grad():
-            one_by_one = self.images(self.features(latents, classes, 0), classes, layer=1)
+            one_by_one = self.images_from(self.features(latents, 0, latents, classes), 1, latents, classes)
             if not torch.allclose(one_by_one, self.images(latents, classes), atol=1e-4):
                 raise IncompatibleError(
                     "The generator's layers, one after the other, do not give its images; its forward must do nothing "
@@ -126,6 +133,11 @@ class Generator:
 
     def _arguments(self, latents: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
         return (latents,) if self.num_classes is None else (latents, classes.to(latents.dtype))
+
+    def _told(self, latents: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+        """The further argument of every layer."""
+        condition = getattr(self.module, "condition", None)
+        return () if condition is None else (condition(*self._arguments(latents, classes)),)
 
     def _layers(self) -> Sequence[nn.Module]:
         module = self.module

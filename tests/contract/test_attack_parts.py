@@ -78,7 +78,42 @@ def test_a_part_stands_in_any_attack(attack: str, part: str, target: str, argume
     assert f"{type(built).__module__}.{type(built).__name__}" == target
 
 
-@pytest.mark.parametrize("part", ["distance", "optimizer", "schedule", "initial", "replay", "priors", "forces"])
+def matching() -> list[str]:
+    """Every preset that is gradient matching."""
+    names = sorted(path.stem for path in (CONF / "attack").glob("*.yaml"))
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        composed = {name: compose("config", overrides=[f"attack=[{name}]"]).attack[name] for name in names}
+    return [n for n, settings in composed.items() if "steps" in settings and built_by_matching(settings["_target_"])]
+
+
+def built_by_matching(target: str) -> bool:
+    """Whether a function or class of the attacks gives ``GradientMatching``."""
+    module, _, name = target.rpartition(".")
+    made = getattr(import_module(module), name)
+    return not inspect.isclass(made) and inspect.signature(made).return_annotation == "GradientMatching"
+
+
+@pytest.mark.parametrize("attack", matching())
+def test_every_preset_takes_one_of_each_part_at_once(attack: str) -> None:
+    chosen = {part: next(c for c in CASES if c[0] == part) for part in (*ONE_OF_THEM, "priors", "forces")}
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        preset = compose("config", overrides=[f"attack=[{attack}]"]).attack[attack]
+        words = []
+        for part, (_, target, arguments) in chosen.items():
+            value = ", ".join([f"_target_: {target}", *(f"{k}: {v}" for k, v in arguments.items())])
+            place = f"attack.{attack}.{part}" + (".own" if part in ANY_NUMBER else "")
+            words += [f"~{place}"] if part in preset and part in ONE_OF_THEM else []
+            words.append(f"+{place}={{{value}}}")
+        made = instantiate(compose("config", overrides=[f"attack=[{attack}]", *words]).attack[attack], _convert_="all")
+    assert isinstance(made, GradientMatching)
+    for part, (_, target, _) in chosen.items():
+        own = getattr(made, part)["own"] if part in ANY_NUMBER else getattr(made, part)
+        assert f"{type(own).__module__}.{type(own).__name__}" == target
+
+
+@pytest.mark.parametrize(
+    "part", ["distance", "optimizer", "schedule", "initial", "replay", "priors", "forces", "constraints"]
+)
 def test_the_readme_names_everything_that_can_stand_there(part: str) -> None:
     [row] = [line for line in README.splitlines() if line.startswith(f"| `{part}`")]
     for _, target, _ in (case for case in CASES if case[0] == part):

@@ -152,7 +152,7 @@ PRESETS: dict[str, Callable[[], Attack]] = {
             "inverting_gradients_muted": gia(steps=4_800, labels="auto", distance=Layers(distance=Cosine())),
             "analytic": Analytic(),
         },
-        version=2,
+        version=3,
     ),
 }
 FILES = sorted((CONF / "attack").glob("*.yaml"))

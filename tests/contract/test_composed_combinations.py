@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gia_bench.attacks.base import Attack
-from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_threat
+from gia_bench.compatibility import check_aggregation, check_attacked, check_examples, check_rounds, check_threat
 from gia_bench.conf_path import CONF
 from gia_bench.config import Experiment, build, identify
 from gia_bench.data import digits
@@ -108,6 +108,7 @@ def hold(experiment: Experiment, threat: ThreatModel, name: str) -> None:
     attack.check_victim(experiment.rules.victim)
     check_attacked(threat, experiment.data, experiment.schedule)
     check_examples(name, attack, threat, experiment.data, experiment.schedule)
+    check_rounds(name, attack, threat, experiment.data, experiment.schedule)
 
 
 def asked(question: Callable[[], Answer], refusal: type[ConfigError] = ConfigError) -> Answer | str:

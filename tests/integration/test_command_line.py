@@ -127,6 +127,10 @@ BAD = {
     "attack after the end": (["fl.attack_rounds=[50]"], "round 50 is never played"),
     "labels that nobody sees": (["attack.inverting_gradients_fast.labels=known"], "needs to see labels"),
     "iDLG on a batch": (["attack=[idlg,inverting_gradients_fast]"], "at most 1 example"),
+    "rounds of other examples": (
+        ["attack=[dlg,inverting_gradients_fast]", "+attack.dlg.rounds=joint", "fl.attack_rounds=[0,1]"],
+        "rounds=one",
+    ),
     "DP-SGD with BatchNorm": (["defense=dp_sgd", "model=resnet20"], "GroupNorm"),
     "a closed form of convolutions": (["attack=[analytic,inverting_gradients_fast]", "model=lenet"], "model=mlp"),
     "unknown knowledge": (["threat.knows=[update,everything]"], "num_examples"),

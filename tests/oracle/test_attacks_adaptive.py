@@ -21,7 +21,7 @@ from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.chain import Chain
 from gia_bench.defenses.clip import ClipUpdate
 from gia_bench.defenses.dgp import DGP
-from gia_bench.defenses.grid import ByChance
+from gia_bench.defenses.grid import EDGE, ByChance
 from gia_bench.defenses.noise import GaussianNoise, LaplaceNoise
 from gia_bench.defenses.none import NoDefense
 from gia_bench.defenses.precision import Int8
@@ -186,16 +186,26 @@ def test_the_likelihood_of_stochastic_rounding_is_how_often_it_happens(defense: 
     assert compared >= 5
 
 
-@pytest.mark.parametrize("defense", [GaussianNoise(scale=0.3), LaplaceNoise(scale=0.3), *BY_CHANCE], ids=repr)
-def test_a_law_expects_the_surprise_that_chance_gives(defense: Defense) -> None:
-    """Against the mean over 160 updates of 6,000 entries that were sent."""
-    update = {k: torch.randn(n, generator=stream(0, k)) for k, n in (("w", 5000), ("v", 1000))}
-    law = defense.noise_law()
+SPARSE = {"w": torch.cat([torch.ones(1), 0.02 * torch.randn(4000, generator=stream(3, "sparse"))])}
+"""Entries of a few hundredths of a unit: nearly all are rounded to zero, as of a real gradient under QSGD."""
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_of_a_sparse_update_no_shorter_or_longer_one_explains_the_rounding_better(levels: int) -> None:
+    defense = QSGD(levels=levels)
+    law, sent = defense.noise_law(), protected(defense, SPARSE).update
+    assert law is not None and float((sent["w"] == 0).float().mean()) > 0.5
+    surprise = {a: float(law.surprise({"w": a * SPARSE["w"]}, sent)) for a in (0.0, 0.3, 0.6, 1.0, 1.5)}
+    assert min(surprise, key=surprise.__getitem__) == 1.0, surprise
+
+
+def test_a_rare_rounding_surprises_by_how_rare_it_is() -> None:
+    """One entry went up to one unit from 1, 2 and 50 hundredths of it."""
+    law, sent = QSGD(levels=7).noise_law(), {"w": torch.tensor([1.0, 7.0])}
     assert law is not None
-    sent = [protected(defense, update, seed=i).update for i in range(160)]
-    mean = sum(float(law.surprise(update, s)) for s in sent) / len(sent)
-    expected = sum(float(law.expected(update, s)) for s in sent) / len(sent)
-    assert mean == pytest.approx(expected, rel=0.015)
+    for part in (0.01, 0.02, 0.5):
+        nats = float(law.surprise({"w": torch.tensor([part, 7.0])}, sent))
+        assert nats == pytest.approx(-math.log(part), rel=1e-4)
 
 
 def test_stochastic_rounding_is_surprising_beyond_its_unit_and_silent_of_nothing() -> None:
@@ -205,8 +215,8 @@ def test_stochastic_rounding_is_surprising_beyond_its_unit_and_silent_of_nothing
     far = torch.tensor(3.0, requires_grad=True)
     surprise = law.surprise(sent | {"w": torch.stack([far, *sent["w"][1:]])}, sent)
     surprise.backward()
-    assert surprise.item() > -math.log(0.05)
-    assert far.grad is not None and float(far.grad) == pytest.approx(20 / 0.5)
+    assert surprise.item() > -math.log(1 - EDGE)
+    assert far.grad is not None and float(far.grad) == pytest.approx(1 / (1 - EDGE) / 0.5, rel=1e-4)
     assert float(law.surprise(sent | {"nothing": torch.ones(2)}, sent)) == 0
     assert float(ByChance(127, shared=True).surprise(sent, sent)) == 0
     mean = Observation(params={}, update=sent, num_clients=2)

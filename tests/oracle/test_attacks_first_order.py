@@ -109,7 +109,7 @@ def test_a_rate_of_its_own_equals_torchs_on_plateau_candidate_by_candidate(
     for step in range(STEPS):
         move = optimizer.step(variables, state, evaluate, Moment(step, STEPS, 1.0 if step < STEPS // 2 else 0.5))
         variables, state = move.variables, move.state
-        rates.append(state["plateau.rate"])
+        rates.append(state["rate"])
 
     fell = 0
     for v in range(3):
@@ -137,6 +137,24 @@ def test_a_rate_of_its_own_equals_torchs_on_plateau_candidate_by_candidate(
             torch.testing.assert_close(variables["pixels"][v, t], x.detach(), rtol=1e-6, atol=1e-8)
     assert fell, "no candidate reached a plateau, so that nothing was compared"
     assert len({tuple(r.flatten().tolist()) for r in rates}) > 1
+
+
+def test_a_plateau_in_a_plateau_has_two_rates() -> None:
+    """Both fall at their own time, and what is left of the rate is their product."""
+
+    def evaluate(variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
+        x = variables["pixels"]
+        return torch.ones(x.shape[:2]), {"pixels": torch.ones_like(x)}  # a loss that never falls
+
+    inner = Plateau(optimizer=SGD(lr=1.0), factor=0.5, patience=0)
+    optimizer, variables = Plateau(optimizer=inner, factor=0.1, patience=1), {"pixels": torch.zeros(1, 1, 1)}
+    state, way = optimizer.init(variables), []
+    for step in range(4):
+        move = optimizer.step(variables, state, evaluate, Moment(step, 4, 1.0))
+        way.append(float(variables["pixels"] - move.variables["pixels"]))
+        variables, state = move.variables, move.state
+    # the first loss is a fall from infinity; then the inner one falls after every step, the outer one after every other
+    assert way == pytest.approx([1.0, 1.0, 0.5, 0.25 * 0.1], rel=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"patience": -1}, {"threshold": 1.0}])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attack_problems import Memory, Problem, double_backward_loss, psnr_db
 from cmaes import CMA
-from generator_problems import LATENT, Held, dcgan, in_range, resent
+from generator_problems import LATENT, Conditioned, Held, dcgan, in_range, resent
 from torch import Tensor, nn
 
 from gia_bench.attacks import telling
@@ -77,6 +77,16 @@ def test_an_image_that_the_generator_can_make_is_found(attack: Generative) -> No
         assert r.labels is not None and torch.equal(r.labels, p.labels[v])
     # which is not because all of its images look alike
     assert psnr_db(p.images[0], p.images[1]).max() < 20
+
+
+def test_a_generator_whose_layers_are_all_told_the_latents_is_searched_layer_by_layer() -> None:
+    """BigGAN's and StyleGAN's blocks: from the second layer on they are handed the latents that were found."""
+    source = Held(Conditioned(), output_range=(-1.0, 1.0))
+    p, _ = in_range(2, source)
+    attack = gifd(generator=source)
+    attack.check_victim(p.victim)
+    for v, r in enumerate(attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])):
+        assert psnr_db(r.inputs, p.images[v]).min() > 30, v
 
 
 @pytest.mark.parametrize("attack", [gias(30, 20), gifd(30)], ids=lambda a: type(a).__name__)

@@ -100,6 +100,24 @@ def test_a_finished_search_satisfies_both_conditions_and_its_result_is_its_own_v
         assert low.slope.abs() <= -CURVATURE * origin.slope[i]
 
 
+def test_a_victim_whose_searches_fail_is_not_at_rest_and_moves_once_the_rate_falls() -> None:
+    """One evaluation of a trial a hundred times too long finds nothing; a hundredth of the rate finds something."""
+    optimizer = LBFGS(lr=100.0, max_iter=1, max_eval=1, line_search="strong_wolfe")
+
+    def evaluate(variables: Variables, wanted: Tensor | None = None) -> tuple[Tensor, Variables]:
+        x = variables["pixels"]
+        return x.square().sum(2), {"pixels": 2 * x}
+
+    variables = {"pixels": torch.tensor([[[1.0, 1.0]], [[0.0, 0.0]]], dtype=torch.float64)}
+    state = optimizer.init(variables)
+    for step, rate in enumerate((1.0, 1.0, 0.001)):
+        move = optimizer.step(variables, state, evaluate, Moment(step, 3, rate))
+        assert move.settled.flatten().tolist() == [False, True], "only at the bottom nothing will ever change"
+        moved = not torch.equal(move.variables["pixels"], variables["pixels"])
+        assert moved == (rate < 1)
+        variables, state = move.variables, move.state
+
+
 def test_a_victim_whose_first_search_failed_tries_again_with_its_usual_first_trial() -> None:
     """One evaluation of a trial that is too long finds nothing; the next step begins with lr and finds something."""
     optimizer = LBFGS(lr=0.5, max_iter=1, max_eval=1, line_search="strong_wolfe")

@@ -8,13 +8,15 @@ import math
 import pytest
 import torch
 from attack_problems import problem
-from torch import Tensor
+from torch import Tensor, nn
 
 from gia_bench.attacks.evidence import EXACT, ROUGHNESS, improbability, misfit
+from gia_bench.defenses.base import Client
 from gia_bench.defenses.dgp import DGP
 from gia_bench.defenses.noise import GaussianNoise
+from gia_bench.defenses.quantize import SignSGD
 from gia_bench.seeding import stream
-from gia_bench.values import Observation, Reconstruction, Update
+from gia_bench.values import Batch, Reconstruction, Update
 
 P = problem(3, batch=2)
 SEEN = P.observations[0]
@@ -82,24 +84,42 @@ def test_where_equations_are_many_they_decide_and_where_they_are_few_the_image_d
     assert improbability(guess, few, P.victim) > improbability(smooth, few, P.victim)
 
 
-def test_who_explains_the_noise_too_is_less_probable_than_the_truth() -> None:
-    """The closest update is closest to the noise: with the law known, the truth is as far off as noise is."""
-    defense, images = GaussianNoise(scale=0.1), rough(RIGHT.inputs)
-    noise = {k: 0.1 * torch.randn(v.shape, generator=stream(0, "noise", k)) for k, v in SEEN.update.items()}
-    noisy = dataclasses.replace(SEEN, update={k: v + noise[k] for k, v in SEEN.update.items()}, defense=defense)
-
-    def nats(guess: Reconstruction, seen: Observation) -> float:
-        return (improbability(guess, seen, P.victim) - rough(guess.inputs)) / ENTRIES
-
-    assert nats(RIGHT, noisy) == pytest.approx(0.5, abs=2 * math.sqrt(2 / ENTRIES))
-    # an update as if there had been no noise: nothing is left to explain, which is as far from half a nat an entry
-    assert nats(RIGHT, dataclasses.replace(SEEN, defense=defense)) == pytest.approx(1, abs=1e-4)
-    quiet = dataclasses.replace(
-        noisy, update={k: v + noise[k] / 100 for k, v in SEEN.update.items()}, defense=GaussianNoise(scale=0.001)
-    )
+@pytest.mark.parametrize("scale", [0.001, 0.1, 0.3])
+def test_of_noise_whose_law_is_known_the_density_counts(scale: float) -> None:
+    """n / 2 nats of the truth in the mean; another image that is as smooth explains less, however strong the noise."""
+    noise = {k: scale * torch.randn(v.shape, generator=stream(0, "noise", k)) for k, v in SEEN.update.items()}
+    sent = {k: v + noise[k] for k, v in SEEN.update.items()}
+    noisy = dataclasses.replace(SEEN, update=sent, defense=GaussianNoise(scale=scale))
+    nats = (improbability(RIGHT, noisy, P.victim) - rough(RIGHT.inputs)) / ENTRIES
+    assert nats == pytest.approx(0.5, abs=2 * math.sqrt(2 / ENTRIES))
     wrong = dataclasses.replace(RIGHT, inputs=1 - P.images[0])
-    assert rough(wrong.inputs) == pytest.approx(images), "the images are as smooth as each other"
-    assert nats(wrong, quiet) > 2 * nats(RIGHT, quiet)
+    assert rough(wrong.inputs) == pytest.approx(rough(RIGHT.inputs))
+    assert improbability(wrong, noisy, P.victim) > improbability(RIGHT, noisy, P.victim)
+
+
+def test_a_gradient_with_zeros_is_held_against_its_signs_as_signsgd_sends_them() -> None:
+    """ReLUs leave most of an update at 0, which is sent as +; the attacker does not know the defense."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    p = problem(2, shape=(1, 8, 8), module=module)
+    o = p.observations[0]
+    silent = sum(int((u == 0).sum()) for u in o.update.values())
+    assert silent > 0.2 * sum(u.numel() for u in o.update.values()), "nothing is tested without zeros"
+    client = Client(p.victim, o.params, {}, Batch(p.images[0], p.labels[0], torch.ones(1)))
+    sent, _ = SignSGD().protect(o.update, client, {}, {}, {})
+    right = Reconstruction(inputs=p.images[0], labels=p.labels[0], score=0.0)
+    seen = dataclasses.replace(o, update=sent)
+    assert improbability(right, seen, p.victim) == pytest.approx(rough(right.inputs), rel=1e-3)
+
+
+def test_a_guess_without_labels_that_nobody_can_read_off_is_no_candidate() -> None:
+    """A model without a linear head: the member that says no labels loses, and the others still play."""
+    p = problem(1, shape=(1, 8, 8), module=nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()))
+    silent = Reconstruction(inputs=p.images[0], labels=None, score=0.0)
+    assert improbability(silent, p.observations[0], p.victim) == math.inf
+    said = dataclasses.replace(silent, labels=p.labels[0])
+    assert improbability(said, p.observations[0], p.victim) < math.inf
 
 
 @pytest.mark.parametrize("turned", [0, 7])

@@ -17,7 +17,8 @@ from gia_bench.attacks.adaptive import Withheld
 from gia_bench.attacks.dlg import dlg
 from gia_bench.attacks.evidence import misfit
 from gia_bench.attacks.inverting_gradients import inverting_gradients
-from gia_bench.attacks.joint import AllRounds, summed
+from gia_bench.attacks.joint import AllRounds, joined
+from gia_bench.attacks.labels import accuracy, auto
 from gia_bench.defenses.adgp import ADGP
 from gia_bench.defenses.base import Client, Defense
 from gia_bench.defenses.dgp import DGP
@@ -26,6 +27,7 @@ from gia_bench.errors import ConfigError, StorageError
 from gia_bench.federated.local import FedAvg
 from gia_bench.probes.history import History
 from gia_bench.probes.leakage import LeakageProbe
+from gia_bench.seeding import stream
 from gia_bench.values import Batch, Observation, Reconstruction, Update
 from gia_bench.wire.aligned import MASK
 
@@ -43,19 +45,35 @@ def later(o: Observation, i: int, move: float) -> Observation:
 def test_the_truth_explains_the_sum_of_rounds_each_at_its_own_weights() -> None:
     o = P.observations[0]
     now = dataclasses.replace(later(o, 0, 0.2), earlier=(o, later(o, 0, 0.1)))
-    joint = summed(now, P.victim)
+    joint = joined(now, P.victim)
     for k, total in joint.update.items():
-        torch.testing.assert_close(total, now.update[k] + sum(e.update[k] for e in now.earlier))
+        torch.testing.assert_close(3 * total, now.update[k] + sum(e.update[k] for e in now.earlier))
     right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
     assert misfit(right, joint, P.victim, replay=AllRounds()) == pytest.approx(0, abs=1e-5)
     assert misfit(right, joint, P.victim) > 1e-4  # at the last weights alone it does not
 
 
+def test_labels_are_read_off_the_rounds_together_as_off_one() -> None:
+    """Eight examples and four rounds: a sum would be read as one gradient that is four times as long."""
+    p, rounds = problem(1, batch=8, classes=10, shape=(1, 12, 12)), 4
+    first, batch = p.observations[0], Batch(p.images[0], p.labels[0], torch.ones(8))
+    seen = []
+    for r in range(rounds):
+        params = {k: v + 0.01 * r * torch.randn(v.shape, generator=stream(r, k)) for k, v in first.params.items()}
+        update = torch.func.grad(lambda q: p.victim.objective(q, first.buffers, batch)[0])(params)
+        seen.append(dataclasses.replace(first, params=params, update=update))
+    now = dataclasses.replace(seen[-1], earlier=tuple(seen[:-1]))
+    one, joint = (accuracy(auto(o, p.victim), p.labels[0]) for o in (seen[-1], joined(now, p.victim)))
+    assert joint >= one > 0.7
+    total = dataclasses.replace(now, update={k: rounds * v for k, v in joined(now, p.victim).update.items()})
+    assert accuracy(auto(total, p.victim), p.labels[0]) < one
+
+
 def test_rounds_of_another_number_of_examples_are_left_out() -> None:
     o = P.observations[0]
     other = dataclasses.replace(o, num_examples=3)
-    assert summed(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier[0].num_examples == 2
-    assert len(summed(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier) == 1
+    assert joined(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier[0].num_examples == 2
+    assert len(joined(dataclasses.replace(o, earlier=(other, o)), P.victim).earlier) == 1
 
 
 @pytest.mark.parametrize("defense", [DGP(k1=0.05, k2=0.75), TopK()])
@@ -69,7 +87,7 @@ def test_who_knows_that_a_defense_repays_finds_exact_sums_where_the_last_round_s
     *before, last = rounds
     now = dataclasses.replace(last, earlier=tuple(before))
     right = Reconstruction(inputs=P.images[0], labels=P.labels[0], score=0.0)
-    informed, oblivious = (summed(o, P.victim) for o in (now, dataclasses.replace(now, defense=None)))
+    informed, oblivious = (joined(o, P.victim) for o in (now, dataclasses.replace(now, defense=None)))
     assert informed.defense is defense and oblivious.defense is None
     assert {k: (v != 0).sum() for k, v in informed.update.items()} == {
         k: (v != 0).sum() for k, v in last.update.items()
@@ -84,8 +102,8 @@ def test_an_announced_mask_says_where_sums_are_exact_though_the_last_round_sent_
     shared = {MASK + k: torch.ones_like(v, dtype=torch.bool) for k, v in first.update.items()}
     silent = {k: torch.zeros_like(v) for k, v in first.update.items()}
     last = dataclasses.replace(first, update=silent, shared=shared, defense=ADGP(), earlier=(first,))
-    for k, total in summed(last, P.victim).update.items():
-        assert torch.equal(total, first.update[k])
+    for k, total in joined(last, P.victim).update.items():
+        assert torch.equal(2 * total, first.update[k])
 
 
 @pytest.mark.parametrize("change", [{"enabled": False}, {"decay": 0.9}, {"scale": 0.5}])
@@ -93,14 +111,14 @@ def test_feedback_that_loses_something_repays_nothing(change: dict[str, Any]) ->
     own = DGP().error_feedback
     assert DGP().repays and not DGP(error_feedback=dataclasses.replace(own, **change)).repays
     forgetful = dataclasses.replace(P.observations[0], defense=DGP(error_feedback=dataclasses.replace(own, **change)))
-    assert summed(dataclasses.replace(forgetful, earlier=(P.observations[0],)), P.victim).defense is None
+    assert joined(dataclasses.replace(forgetful, earlier=(P.observations[0],)), P.victim).defense is None
     missing = dataclasses.replace(P.observations[0], num_examples=3)
     known = dataclasses.replace(P.observations[0], defense=DGP(), earlier=(missing,))
-    assert summed(known, P.victim).defense is None, "a round that is left out is owed something too"
+    assert joined(known, P.victim).defense is None, "a round that is left out is owed something too"
     whole = dataclasses.replace(known, earlier=(P.observations[0],))
-    assert summed(whole, P.victim).defense is not None
-    assert summed(dataclasses.replace(whole, num_clients=2), P.victim).defense is None
-    assert summed(dataclasses.replace(whole, unseen=1), P.victim).defense is None, "so is one that nobody looked at"
+    assert joined(whole, P.victim).defense is not None
+    assert joined(dataclasses.replace(whole, num_clients=2), P.victim).defense is None
+    assert joined(dataclasses.replace(whole, unseen=1), P.victim).defense is None, "so is one that nobody looked at"
 
 
 def test_bounds_of_one_round_are_refused_for_sums() -> None:
