@@ -1,14 +1,16 @@
-"""Unknowns against equations, before an expensive attack."""
+"""Unknowns against equations, before an expensive attack, and after it whether its control held."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import torch
 
 from gia_bench.attacks.joint import exact
+from gia_bench.metrics.evaluate import FLAT, Scores
 from gia_bench.models.functional import Victim
 from gia_bench.values import Observation
 
@@ -48,6 +50,25 @@ def tell(attack: str, updates: Sequence[Mapping[str, float]]) -> None:
         log.warning(
             "%s: %d of %d updates have more unknown pixels than equations: what is rebuilt of them is the prior's "
             "guess", attack, few, len(updates),
+        )  # fmt: skip
+
+
+def tell_control(attack: str, scores: Sequence[Scores]) -> None:
+    """One line on whether ``attack`` shows anything of undefended updates, in the median over their images: where it
+    does not, what it finds under a defense says nothing about the defense."""
+    own, flat = (
+        [v.value for one in scores for v in one.values if v.metric == metric and v.value is not None]
+        for metric in ("psnr_db", FLAT)
+    )
+    if not own or not flat:
+        return
+    reached, colour = median(own), median(flat)
+    if reached > colour:
+        log.info("%s: the control holds, %.1f dB in the median, a flat image %.1f dB", attack, reached, colour)
+    else:
+        log.warning(
+            "%s: failed control, without a defense it reaches %.1f dB in the median, and a flat image of the right "
+            "colour %.1f dB; under a defense it says nothing", attack, reached, colour,
         )  # fmt: skip
 
 

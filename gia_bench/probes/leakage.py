@@ -15,12 +15,13 @@ import torch
 
 from gia_bench.attacks.base import Attack
 from gia_bench.data.cohort import Cohort
+from gia_bench.defenses.none import NoDefense
 from gia_bench.errors import StorageError
 from gia_bench.federated.module import FederatedModule, RoundReport
 from gia_bench.federated.rules import Rules
 from gia_bench.metrics import Metrics, Scores, evaluate
 from gia_bench.metrics.evaluate import NOBODY
-from gia_bench.probes.feasibility import feasibility, tell
+from gia_bench.probes.feasibility import feasibility, tell, tell_control
 from gia_bench.probes.history import History
 from gia_bench.probes.malicious import play_malicious_round
 from gia_bench.probes.recorder import Recorder
@@ -122,13 +123,17 @@ class LeakageProbe(L.Callback):
         started = time.perf_counter()
         rebuilt = attack.reconstruct_many([*seen.values()], rules.victim, seeds=seeds, snapshots=snapshots)
         self.recorder.add("attack_seconds", time.perf_counter() - started, round=round_index, attack=name)
+        found = []
         for client, reconstruction in zip(seen, rebuilt, strict=True):
             truth = cohort.truth(transcript.clients if client is None else (client,))
             scores = evaluate(reconstruction, truth, self.metrics)
+            found.append(scores)
             self._record(name, round_index, client, scores)
             self._record_search(name, round_index, client, reconstruction)
             if self.images:
                 self._save(name, round_index, client, reconstruction, truth, scores)
+        if isinstance(rules.defense, NoDefense):
+            tell_control(name, found)
 
     def _observe(self, transcript: Transcript, cohort: Cohort, rules: Rules) -> dict[int | None, Observation]:
         """What the threat model shows of each target: a client, or None for the sum."""

@@ -83,6 +83,7 @@ PRESETS: dict[str, Callable[[], Attack]] = {
     "dga": dga,
     "dga_muted": lambda: dga(distance=Layers(distance=Euclidean())),
     "dlg": dlg,
+    "dlg_paper": lambda: dlg(steps=1_200),
     "feature_fishing": lambda: FeatureFishing(
         attack=inverting_gradients(
             steps=1_000,
@@ -92,12 +93,14 @@ PRESETS: dict[str, Callable[[], Attack]] = {
         )
     ),
     "gia": gia,
+    "gia_paper": lambda: gia(optimizer=Adam(lr=0.1, transform=Sign())),
     "gia_compensating": lambda: Compensating(attack=gia()),
     "gia_muted": lambda: gia(distance=Layers(distance=Cosine())),
     "ggl": lambda: GGL(generator=Saved(path=None)),
     "gias": lambda: GIAS(generator=Saved(path=None)),
     "gifd": lambda: GIFD(generator=Saved(path=None)),
     "gradinversion": gradinversion,
+    "gradinversion_paper": lambda: gradinversion(forces={**gradinversion().forces, "langevin": Langevin(scale=0.2)}),
     "gradinversion_dgp_paper": lambda: gradinversion(
         restarts=1,
         optimizer=Adam(lr=0.1, transform=Sign()),

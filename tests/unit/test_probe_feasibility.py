@@ -10,7 +10,9 @@ import torch
 from attack_problems import problem
 
 from gia_bench.federated.local import FedAvg
-from gia_bench.probes.feasibility import feasibility, tell
+from gia_bench.metrics import Scores
+from gia_bench.metrics.evaluate import FLAT, Status, Value
+from gia_bench.probes.feasibility import feasibility, tell, tell_control
 
 
 def test_what_is_known_of_an_update_is_counted_by_hand() -> None:
@@ -42,4 +44,29 @@ def test_one_line_tells_all_updates_and_a_warning_those_that_cannot_be_solved(ca
             "dlg: 1 of 2 updates have more unknown pixels than equations: what is rebuilt of them is the prior's guess",
         ),
         ("INFO", "idlg looks at 1 update: equations 900, unknowns 64"),
+    ]
+
+
+def scores(*pairs: tuple[float | None, float]) -> list[Scores]:
+    """Of one image each: (its PSNR, that of a flat image)."""
+    made = []
+    for own, flat in pairs:
+        status: Status = "failed" if own is None else "ok"
+        values = (Value(metric="psnr_db", victim=0, value=own, status=status), Value(metric=FLAT, victim=0, value=flat))
+        made.append(Scores(values, torch.tensor([0])))
+    return made
+
+
+def test_an_attack_that_shows_nothing_without_a_defense_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        tell_control("dlg", scores((30.0, 12.0), (8.0, 13.0), (28.0, 14.0)))
+        tell_control("gia", scores((9.0, 12.0), (14.0, 13.0), (None, 11.0)))
+        tell_control("idlg", scores((None, 12.0)))
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "dlg: the control holds, 28.0 dB in the median, a flat image 13.0 dB"),
+        (
+            "WARNING",
+            "gia: failed control, without a defense it reaches 11.5 dB in the median, and a flat image of the right "
+            "colour 12.0 dB; under a defense it says nothing",
+        ),
     ]
