@@ -22,6 +22,7 @@ STEPS = {
     "inverting_gradients": 2400, "inverting_gradients_adaptive": 2400, "gia": 2400, "gia_muted": 2400, "sgi": 2400,
     "gradinversion": 2400, "gradinversion_dgp_paper": 2400, "inverting_gradients_dgp_paper": 2400,
     "inverting_gradients_fedavg": 2400, "inverting_gradients_fedavg_epochs": 2400, "april_optimized": 500,
+    "gia_paper": 2400, "gradinversion_paper": 2400,
 }  # fmt: skip
 """Outer L-BFGS steps (20 evaluations each), or Adam steps."""
 
@@ -70,18 +71,37 @@ def presets() -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
+def papers() -> Iterator[list[str]]:
+    """What papers say where their authors' code does something else."""
+    yield [*launch("gia_paper", "gradinversion_paper"), "attack.gradinversion_paper.distance.factor=0.05"]
+
+
 def batches() -> Iterator[list[str]]:
     """One, two, four and eight images an update."""
     for batch_size in (1, 2, 4, 8):
-        yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}"]
+        yield [*launch(*ANY_BATCH), f"fl.local.batch_size={batch_size}", "attack.gradinversion.distance.factor=0.05"]
 
 
 def trained() -> Iterator[list[str]]:
-    """One image an update, as a federation of 100 clients trains the network."""
-    yield [
-        *launch("dlg", "inverting_gradients", SMOOTH), "partition.num_clients=100", "partition.samples_per_client=null",
-        "fl.rounds=401", "fl.eval_every=100", "fl.attack_rounds=[0,100,400]",
-    ]  # fmt: skip
+    """One image an update, as a federation of 100 clients trains the network; with the strong prior under
+    prunings too."""
+    for words in (
+        launch("dlg", "idlg", "cpl", "inverting_gradients", SMOOTH, "gia", "sgi"),
+        *(["threat=adaptive_labels", f"defense={name}", *launch(SMOOTH)] for name in ("top_k", "dgp")),
+    ):
+        yield [
+            *words, "partition.num_clients=100", "partition.samples_per_client=null", "fl.rounds=401",
+            "fl.eval_every=100", "fl.attack_rounds=[0,100,400]",
+        ]  # fmt: skip
+
+
+def convnet() -> Iterator[list[str]]:
+    """GradDefense's attack on a ConvNet with 16 channels in evaluation mode, its last layer muted or not."""
+    for defense in ("none", "soteria"):
+        yield [
+            f"defense={defense}", "model=convnet64", "model.network.width=16", "model.init=default",
+            "model.training=false", *launch("gia", "gia_muted", steps=1000),
+        ]  # fmt: skip
 
 
 def residual() -> Iterator[list[str]]:
@@ -103,13 +123,15 @@ def batch_norm() -> Iterator[list[str]]:
 
 
 def fedavg() -> Iterator[list[str]]:
-    """Weight updates of several local steps: of one image, of four, and of four in an order that nobody knows; those of
-    one image under Top-k and DGP too."""
+    """Weight updates of several local steps: of one image, of four, and of four in an order that nobody knows; with
+    labels that nobody shows; those of one image under Top-k and DGP too."""
     work = (("none", 1, 1, 5), ("none", 4, 4, 5), ("none", 4, 2, 2), ("top_k", 1, 1, 5), ("dgp", 1, 1, 5))
-    threats = ("curious_server_labels", "adaptive_labels")
+    threats = ("curious_server_labels", "curious_server", "adaptive_labels")
     attacks = ("inverting_gradients", "inverting_gradients_fedavg", "inverting_gradients_fedavg_epochs", SMOOTH)
     for (defense, examples, batch_size, epochs), threat in itertools.product(work, threats):
-        if defense == "none" and threat == "adaptive_labels":  # there is nothing to know
+        if threat == (
+            "adaptive_labels" if defense == "none" else "curious_server"
+        ):  # there is nothing to know, or more
             continue
         yield [
             f"threat={threat}", f"defense={defense}", "fl=fedavg",
@@ -132,6 +154,8 @@ class Part(NamedTuple):
 PARTS = {
     "defended": Part(defended),
     "presets": Part(presets),
+    "papers": Part(papers),
+    "convnet": Part(convnet),
     "batches": Part(batches, ["fl.local.batch_size"]),
     "trained": Part(trained, ["round"]),
     "residual": Part(residual, ["model.checkpoint"]),

@@ -5,6 +5,8 @@ the pictures. Finished runs are skipped, so that it may be stopped and started a
     python scripts/defenses.py --experiment defenses_cifar10                the same on CIFAR-10
     python scripts/defenses.py --experiment defenses_standard --seeds 0     attack=standard, which knows the defense
     python scripts/defenses.py --experiment defenses_pruned                 every pruning=, and PriPrune over some
+    python scripts/defenses.py --experiment defenses_pruned dataset=cifar10 dataset.verify=false    the same on CIFAR-10
+    python scripts/defenses.py --experiment defenses_standard --seeds 0 dataset=cifar10 dataset.verify=false    CIFAR-10
     python scripts/defenses.py --experiment defenses_sum --seeds 0          the mean of all clients, masked and not
 """
 
@@ -50,6 +52,7 @@ ALL: tuple[tuple[str, ...], ...] = (
     ("defense=priprune_fixed",),
     ("defense=priprune",),
     ("defense=censor",),
+    ("defense=chain", "defense.stages.first.max_norm=4", "defense.stages.second.variance=1e-2"),
     ("defense=chain", "defense@defense.stages.first=dgp", "defense@defense.stages.second=int8"),
 )
 """A defense and its settings: those of the papers' tables, and what decides between them."""
