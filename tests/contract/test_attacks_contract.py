@@ -44,7 +44,7 @@ from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.lbfgs import LBFGS
 from gia_bench.attacks.learned_inverter import LearnedInverter
 from gia_bench.attacks.loki import Loki
-from gia_bench.attacks.matching import GradientMatching
+from gia_bench.attacks.matching import GradientMatching, Parts
 from gia_bench.attacks.oblivious import Oblivious
 from gia_bench.attacks.one_at_a_time import OneAtATime
 from gia_bench.attacks.optimizers import Adam, Sign, SoftSign
@@ -52,6 +52,7 @@ from gia_bench.attacks.priors import PaddedTotalVariation, TotalVariation
 from gia_bench.attacks.replay import EpochAverage
 from gia_bench.attacks.rgap import RGAP
 from gia_bench.attacks.robbing import RobbingTheFed
+from gia_bench.attacks.schedules import CosineWarmup
 from gia_bench.attacks.sgi import sgi
 from gia_bench.attacks.standard import Standard
 from gia_bench.attacks.wrapped import Layers
@@ -65,33 +66,25 @@ from gia_bench.seeding import derive
 from gia_bench.threat import Knowledge, Power
 from gia_bench.values import Batch, Observation
 
+CLSATTACK: Parts = {
+    "optimizer": Adam(lr=0.1, transform=SoftSign()),
+    "schedule": CosineWarmup(),
+    "initial": Patterned(width=4),
+    "priors": {"total_variation": PaddedTotalVariation(weight=0.2, inner=2.0, outer=0.5, double_opponents=True)},
+}
 PRESETS: dict[str, Callable[[], Attack]] = {
     "analytic": Analytic,
     "april": April,
     "april_optimized": april_optimized,
     "auxiliary_mean": AuxiliaryMean,
-    "class_fishing": lambda: ClassFishing(
-        attack=inverting_gradients(
-            steps=1_000,
-            optimizer=Adam(lr=0.1, transform=SoftSign()),
-            initial=Patterned(width=4),
-            snapshot_every=250,
-        )
-    ),
+    "class_fishing": lambda: ClassFishing(attack=inverting_gradients(**CLSATTACK)),
     "cpl": cpl,
     "curious_abandon_honesty": CuriousAbandonHonesty,
     "dga": dga,
     "dga_muted": lambda: dga(distance=Layers(distance=Euclidean())),
     "dlg": dlg,
     "dlg_paper": lambda: dlg(steps=1_200),
-    "feature_fishing": lambda: FeatureFishing(
-        attack=inverting_gradients(
-            steps=1_000,
-            optimizer=Adam(lr=0.1, transform=SoftSign()),
-            initial=Patterned(width=4),
-            snapshot_every=250,
-        )
-    ),
+    "feature_fishing": lambda: FeatureFishing(attack=inverting_gradients(**CLSATTACK)),
     "gia": gia,
     "gia_paper": lambda: gia(optimizer=Adam(lr=0.1, transform=Sign())),
     "gia_compensating": lambda: Compensating(attack=gia()),
