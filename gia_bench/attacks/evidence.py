@@ -37,8 +37,8 @@ def improbability(rebuilt: Reconstruction, observation: Observation, victim: Vic
     """The nats of what was observed, given the reconstruction, and those of its images; infinite where there are none.
 
     Observed, of n entries that are not zero: by the law of noise or rounding where the defense is known to have one; of
-    signs, n times the entropy of the share that is wrong, as if each were turned by chance;
-    of numbers, n / 2 times the log of the cosine distance, as if they were off by Gaussian noise of unknown size.
+    signs, n times the entropy of the share that is wrong, as if each were turned by chance; of numbers, n / 2 times the
+    log of the cosine distance, as if they were off by Gaussian noise of unknown size.
     Images: neighbours differ by a Laplace law whose mean is ``ROUGHNESS``, which counts once for every pixel.
     """
     sent = explanation(rebuilt, observation, victim)

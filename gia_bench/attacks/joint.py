@@ -57,8 +57,8 @@ def joined(observation: Observation, victim: Victim) -> Observation:
     replayed by ``AllRounds``.
 
     An attacker who knows the defense, and that it ``repays`` what it withholds, compares only where the last round sent
-    something: there nothing is owed, and the mean is that of the updates, exactly, if he saw all of the
-    client's rounds. Where he did not he compares all entries. Of any other defense no use is made: what stands for one
+    something: there nothing is owed, and the mean is that of the updates, exactly, if he saw all of the client's
+    rounds. Where he did not he compares all entries. Of any other defense no use is made: what stands for one
     round's pruning does not stand for the mean of many.
     """
     like, alike = next(iter(observation.params.values())), _alike(observation)
