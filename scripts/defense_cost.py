@@ -33,6 +33,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.markdown import Markdown
 
+from gia_bench.allocator import keep_freed_memory
 from gia_bench.conf_path import CONF
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Defense
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="OVERRIDE")
     parser.add_argument("--residuals", nargs=3, metavar=("MODEL", "CLIENTS", "STORAGE"))
     options = parser.parse_args()
+    keep_freed_memory()  # as every run does
     if options.residuals:
         model, clients, storage = options.residuals
         residuals(model, int(clients), storage)

@@ -16,7 +16,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor, nn
 from torch.func import vjp
-from torch.nn.functional import conv2d, conv_transpose2d, pad
+from torch.nn.functional import conv2d, pad
 
 from gia_bench.models.functional import Head, Victim
 from gia_bench.values import Params
@@ -78,31 +78,34 @@ class ConvChain:
 
     def features(self, params: Params, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The features [B, C * h * w] of normalised images, and the activations' derivatives [B, C, h, w] by stage."""
-        maps, slopes = inputs, []
+        maps, before = inputs, []
         for name, conv, activation in self.stages:
             maps = conv2d(maps, params[f"{name}.weight"], params.get(f"{name}.bias"), conv.stride, conv.padding)
-            ones = torch.ones_like(maps)
-            if activation is not None:
-                maps, backward = vjp(activation, maps)  # type: ignore[misc]  # a third value comes with has_aux alone
-                (ones,) = backward(ones)
-            slopes.append(ones)
-        return maps.flatten(1), slopes
+            before.append(maps)
+            maps = maps if activation is None else activation(maps)
+
+        def activated(*maps: Tensor) -> list[Tensor]:
+            return [m if stage[2] is None else stage[2](m) for stage, m in zip(self.stages, maps, strict=True)]
+
+        # one call for all stages: its fixed cost exceeds their work
+        _, backward = vjp(activated, *before)  # type: ignore[misc]  # a third value comes with has_aux alone
+        return maps.flatten(1), list(backward([torch.ones_like(m) for m in before]))
 
     def lengths(self, params: Params, slopes: Sequence[Tensor]) -> Tensor:
         """||d feature / d normalised image|| [C * h * w] of one image, from its ``slopes`` [C, h, w]."""
         (h, w), (height, _) = self.sizes[-1], self.sizes[1]
-        upper, gram = self._upper(params, slopes), self._gram(params, slopes)
+        upper, bands = self._upper(params, slopes), self._gram(params, slopes)
+        row_of_features, row_of_units = len(upper) // h, upper.shape[1] // height
         sees = [self._window(1).place(row, height) for row in range(h)]
-        squares = torch.zeros_like(upper[..., 0, 0])  # [h, w * C]
-        for y in range(height):
+        squares = upper.new_zeros(h, row_of_features)
+        for y, band in enumerate(bands):
             rows = [row for row in range(h) if sees[row].start <= y < sees[row].stop]
-            if rows and gram[y]:
-                u = upper[rows[0] : rows[-1] + 1, :, y : y + len(gram[y])].flatten(0, 1)
-                products = u[:, 0] @ torch.cat(gram[y], 1)
-                part = (products * u.flatten(1)).sum(1).view(len(rows), -1)
+            if rows and len(band):
+                u = upper[rows[0] * row_of_features : (rows[-1] + 1) * row_of_features, y * row_of_units :]
+                part = ((u[:, : len(band)] @ band) * u[:, :row_of_units]).sum(1).view(len(rows), -1)
                 squares = squares + pad(part, (0, 0, rows[0], h - rows[-1] - 1))
         # rounding may leave less than nothing
-        lengths = squares.clamp(min=0).sqrt().view(h, w, -1).permute(2, 0, 1)
+        lengths = (2 * squares).clamp(min=0).sqrt().view(h, w, -1).permute(2, 0, 1)
         return (lengths * slopes[-1].abs()).flatten()
 
     def _window(self, stage: int) -> _Window:
@@ -113,36 +116,38 @@ class ConvChain:
         return window
 
     def _upper(self, params: Params, slopes: Sequence[Tensor]) -> Tensor:
-        """U, the features by the second convolution's activations: [h, w * C, H, C' * W] of the two maps."""
+        """U, the features by the second convolution's activations: [h * w * C, H * C' * W] of the two maps."""
         (h, w), (height, width) = self.sizes[-1], self.sizes[1]
         rows = params[f"{self.stages[-1][0]}.weight"].expand(h, w, -1, -1, -1, -1)
         for stage in range(len(self.stages) - 2, 1, -1):
             name, conv, _ = self.stages[stage]
-            rows = rows * self._window(stage).patches(slopes[stage], h, w)[:, :, None]
-            rows = _spread(rows, params[f"{name}.weight"], conv.stride[0])
+            rows = _spread(rows, self._window(stage).patches(slopes[stage], h, w), params[f"{name}.weight"], conv)
         window, rows = self._window(1), rows.transpose(3, 4)
         placed = slopes[0].new_zeros(h, w, rows.shape[2], height, rows.shape[4], width)
-        for y, x in product(range(h), range(w)):
-            down, across = window.place(y, height), window.place(x, width)
-            placed[y, x, :, down, :, across] = rows[y, x, :, window.within(y, height), :, window.within(x, width)]
-        return placed.flatten(1, 2).flatten(3)
+        down, across = (
+            [(window.place(i, n), window.within(i, n)) for i in range(m)] for m, n in ((h, height), (w, width))
+        )
+        for (y, (to_y, from_y)), (x, (to_x, from_x)) in product(enumerate(down), enumerate(across)):
+            placed[y, x, :, to_y, :, to_x] = rows[y, x, :, from_y, :, from_x]
+        return placed.flatten(0, 2).flatten(1)
 
-    def _gram(self, params: Params, slopes: Sequence[Tensor]) -> list[list[Tensor]]:
-        """V V' as blocks between rows of the cut: [y][d] belongs to rows y and y + d, and is doubled for d > 0."""
+    def _gram(self, params: Params, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """Half of V V' as bands: [y] holds what rows y, y + 1, ... of the cut have in common with row y,
+        [rows * C * W, C * W], of which y with itself is halved."""
         (height, width), (tall, wide) = self.sizes[1], self.input_size
         (first, lower, _), (second, upper, _) = self.stages[:2]
         window = _OWN.through(upper)
-        rows = params[f"{second}.weight"] * window.patches(slopes[0], height, width)[:, :, None]
-        rows = rows * slopes[1].permute(1, 2, 0)[..., None, None, None]
-        rows = _spread(rows, params[f"{first}.weight"], lower.stride[0]).permute(0, 2, 1, 4, 3, 5)
+        rows = params[f"{second}.weight"] * slopes[1].permute(1, 2, 0).contiguous()[..., None, None, None]
+        rows = _spread(rows, window.patches(slopes[0], height, width), params[f"{first}.weight"], lower)
+        rows = rows.permute(0, 2, 1, 4, 3, 5)
         window = window.through(lower)
         placed = rows.new_zeros(*rows.shape[:-1], wide)  # [H, C, W, window's rows, pixels' channels, wide]
         for x in range(width):
             placed[:, :, x, ..., window.place(x, wide)] = rows[:, :, x, ..., window.within(x, wide)]
         placed = placed.flatten(1, 2).flatten(3)
-        blocks: list[list[Tensor]] = []
+        bands = []
         for y in range(height):
-            blocks.append([])
+            blocks = [rows.new_zeros(0, placed.shape[1])]
             for other in range(y, height):
                 start, stop = window.place(other, tall).start, window.place(y, tall).stop
                 if start >= stop:
@@ -151,22 +156,27 @@ class ConvChain:
                     placed[r, :, start - top : stop - top].flatten(1)
                     for r, top in ((y, window.start(y)), (other, window.start(other)))
                 )
-                blocks[y].append((one @ two.mT) * (1 if other == y else 2))
-        return blocks
+                blocks.append(two @ one.mT / 2 if other == y else two @ one.mT)
+            bands.append(torch.cat(blocks))
+        return bands
 
 
-def _spread(rows: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Windows [h, w, C, I, k, k] by a convolution's outputs as windows [h, w, C, J, K, K] by its inputs."""
-    flat = rows.flatten(0, 2)
+def _spread(rows: Tensor, slopes: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Windows [h, w, C, I, k, k] by a convolution's activations, whose derivatives are ``slopes`` [h, w, I, k, k], as
+    windows [h, w, C, J, K, K] by its inputs."""
+    h, w, C, _, k, _ = rows.shape
+    # contiguous in what is left, which no elementwise operation is otherwise
+    rows = rows.flatten(3) * slopes.flatten(2).contiguous()[:, :, None]
+    stride, K = conv.stride[0], (k - 1) * conv.stride[0] + weight.shape[-1]
     if stride == 1:
-        spread = conv_transpose2d(flat, weight)
-        return spread.view(*rows.shape[:3], *spread.shape[1:])
-    # transposed convolutions with strides are slow on CPUs: the same as one matrix product
-    k, size = rows.shape[-1], (rows.shape[-1] - 1) * stride + weight.shape[-1]
+        # faster on CPUs than a transposed convolution
+        maps, turned = rows.view(-1, len(weight), k, k), weight.flip(2, 3).transpose(0, 1).contiguous()
+        return conv2d(maps, turned, padding=weight.shape[-1] - 1).view(h, w, C, -1, K, K)
+    # as are transposed convolutions with strides: the same as one matrix product
     steps = [s * stride for s in range(k)]
     room = steps[-1]
     table = torch.stack([pad(weight, (x, room - x, y, room - y)) for y in steps for x in steps], 1)
-    return (flat.flatten(1) @ table.flatten(0, 1).flatten(1)).view(*rows.shape[:3], weight.shape[1], size, size)
+    return (rows.view(-1, rows.shape[-1]) @ table.flatten(0, 1).flatten(1)).view(h, w, C, -1, K, K)
 
 
 def conv_chain(victim: Victim, head: Head) -> ConvChain | None:
