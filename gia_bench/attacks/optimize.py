@@ -103,8 +103,19 @@ class Search:
                         "step %d of %d: the lowest loss so far is %.3g in the median, %d of %d candidates are at rest",
                         now.step, self.steps, now.best_loss.median(), now.frozen.sum(), now.frozen.numel(),
                     )  # fmt: skip
+        self._tell_who_never_moved(start, now)
         # the last step's result has not been looked at yet
         return _keep_best(now, self.losses(now.variables) if self.losses else self.evaluate(now.variables)[0])
+
+    def _tell_who_never_moved(self, start: Variables, now: Progress) -> None:
+        still = torch.stack([(v == start[k]).flatten(2).all(2) for k, v in now.variables.items()]).all(0)
+        if count := int((still & ~now.diverged).sum()):
+            log.warning(
+                "%d of %d candidates never left their first guess and return it: the loss is flat there, or too flat "
+                "for the optimizer (L-BFGS: tolerance_grad), or below stop_below. If the update is only short, lower "
+                "these, or multiply the distance (gia_bench.attacks.wrapped.Scaled).",
+                count, still.numel(),
+            )  # fmt: skip
 
     def _begin(self, start: Variables) -> Progress:
         some = next(iter(start.values()))

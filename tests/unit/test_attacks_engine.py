@@ -19,6 +19,7 @@ from gia_bench.attacks.inverting_gradients import inverting_gradients
 from gia_bench.attacks.matching import GradientMatching
 from gia_bench.attacks.optimizers import Adam, Moment
 from gia_bench.attacks.schedules import Constant
+from gia_bench.attacks.wrapped import Scaled
 from gia_bench.federated.local import FedAvg, FedSGD
 from gia_bench.values import Observation, Reconstruction, Update
 
@@ -169,6 +170,20 @@ def test_a_long_search_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monk
     said = [record.getMessage() for record in caplog.records]
     assert [line.partition(":")[0] for line in said] == ["step 4 of 9", "step 8 of 9", "step 9 of 9"]
     assert said[0].endswith("in the median, 0 of 2 candidates are at rest")
+
+
+def test_a_search_that_never_left_its_first_guess_is_told_and_any_other_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An update a millionth as long gives slopes below what L-BFGS takes for flat."""
+    p = problem(2)
+    short = [dataclasses.replace(o, update={k: u * 1e-6 for k, u in o.update.items()}) for o in p.observations]
+    attack, tiny = idlg(steps=2), Scaled(distance=Euclidean(), factor=1e-12)
+    attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    dataclasses.replace(attack, distance=tiny).reconstruct_many(short, p.victim, seeds=[0, 1])
+    [told] = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert told.startswith("2 of 2 candidates never left their first guess") and "tolerance_grad" in told
 
 
 def test_the_state_of_other_settings_or_victims_is_never_picked_up() -> None:
