@@ -63,6 +63,12 @@ class _Window:
         cut = wide.unfold(1, self.size, self.stride).unfold(2, self.size, self.stride)
         return cut[:, :height, :width].permute(1, 2, 0, 3, 4)
 
+    def across(self, rows: Tensor, maps: Tensor) -> Tensor:
+        """``maps`` [h, w, C, J, K, W], after windows [h, w, C, J, K, K] have been written into their columns."""
+        for x in range(rows.shape[1]):
+            maps[:, x, ..., self.place(x, maps.shape[-1])] = rows[:, x, ..., self.within(x, maps.shape[-1])]
+        return maps
+
 
 _OWN = _Window(1, 1, 0)
 
@@ -122,13 +128,11 @@ class ConvChain:
         for stage in range(len(self.stages) - 2, 1, -1):
             name, conv, _ = self.stages[stage]
             rows = _spread(rows, self._window(stage).patches(slopes[stage], h, w), params[f"{name}.weight"], conv)
-        window, rows = self._window(1), rows.transpose(3, 4)
-        placed = slopes[0].new_zeros(h, w, rows.shape[2], height, rows.shape[4], width)
-        down, across = (
-            [(window.place(i, n), window.within(i, n)) for i in range(m)] for m, n in ((h, height), (w, width))
-        )
-        for (y, (to_y, from_y)), (x, (to_x, from_x)) in product(enumerate(down), enumerate(across)):
-            placed[y, x, :, to_y, :, to_x] = rows[y, x, :, from_y, :, from_x]
+        window = self._window(1)
+        in_columns = window.across(rows, rows.new_zeros(*rows.shape[:-1], width))
+        placed = rows.new_zeros(h, w, rows.shape[2], height, rows.shape[3], width)
+        for y in range(h):
+            placed[y, :, :, window.place(y, height)] = in_columns[y, ..., window.within(y, height), :].transpose(2, 3)
         return placed.flatten(0, 2).flatten(1)
 
     def _gram(self, params: Params, slopes: Sequence[Tensor]) -> list[Tensor]:
@@ -139,12 +143,10 @@ class ConvChain:
         window = _OWN.through(upper)
         rows = params[f"{second}.weight"] * slopes[1].permute(1, 2, 0).contiguous()[..., None, None, None]
         rows = _spread(rows, window.patches(slopes[0], height, width), params[f"{first}.weight"], lower)
-        rows = rows.permute(0, 2, 1, 4, 3, 5)
         window = window.through(lower)
-        placed = rows.new_zeros(*rows.shape[:-1], wide)  # [H, C, W, window's rows, pixels' channels, wide]
-        for x in range(width):
-            placed[:, :, x, ..., window.place(x, wide)] = rows[:, :, x, ..., window.within(x, wide)]
-        placed = placed.flatten(1, 2).flatten(3)
+        placed = rows.new_zeros(*(rows.shape[i] for i in (0, 2, 1, 4, 3)), wide)
+        window.across(rows, placed.permute(0, 2, 1, 4, 3, 5))
+        placed = placed.flatten(1, 2).flatten(3)  # [H, C * W, window's rows, pixels' channels * wide]
         bands = []
         for y in range(height):
             blocks = [rows.new_zeros(0, placed.shape[1])]
@@ -173,10 +175,11 @@ def _spread(rows: Tensor, slopes: Tensor, weight: Tensor, conv: nn.Conv2d) -> Te
         maps, turned = rows.view(-1, len(weight), k, k), weight.flip(2, 3).transpose(0, 1).contiguous()
         return conv2d(maps, turned, padding=weight.shape[-1] - 1).view(h, w, C, -1, K, K)
     # as are transposed convolutions with strides: the same as one matrix product
-    steps = [s * stride for s in range(k)]
-    room = steps[-1]
-    table = torch.stack([pad(weight, (x, room - x, y, room - y)) for y in steps for x in steps], 1)
-    return (rows.view(-1, rows.shape[-1]) @ table.flatten(0, 1).flatten(1)).view(h, w, C, -1, K, K)
+    table = weight.new_zeros(len(weight), k, k, weight.shape[1], K, K)
+    for y, x in product(range(k), range(k)):
+        down, across = (slice(i * stride, i * stride + weight.shape[-1]) for i in (y, x))
+        table[:, y, x, :, down, across] = weight
+    return (rows.view(-1, rows.shape[-1]) @ table.flatten(0, 2).flatten(1)).view(h, w, C, -1, K, K)
 
 
 def conv_chain(victim: Victim, head: Head) -> ConvChain | None:
