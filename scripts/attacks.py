@@ -141,6 +141,7 @@ def fedavg() -> Iterator[list[str]]:
             # as many steps of an update that costs up to five times as much
             *launch(*attacks, steps=1200),
             "attack.inverting_gradients.replay._target_=gia_bench.attacks.replay.OneStep",
+            "attack.inverting_gradients.priors.total_variation.weight=1.0e-6",  # as the others have
         ]  # fmt: skip
 
 
