@@ -40,6 +40,7 @@ ALL: tuple[tuple[str, ...], ...] = (
     ("defense=dp_sgd",),
     ("defense=client_dp",),
     ("defense=soteria",),
+    ("defense=soteria", "defense.directions=8"),
     ("defense=graddefense", "defense.compensation=null", "defense.risk.every=50"),
     ("defense=graddefense", "defense.compensation.variance=exact", "defense.risk.every=50"),
     ("defense=graddefense_clipped",),
