@@ -111,9 +111,9 @@ class Search:
         still = torch.stack([(v == start[k]).flatten(2).all(2) for k, v in now.variables.items()]).all(0)
         if count := int((still & ~now.diverged).sum()):
             log.warning(
-                "%d of %d candidates never left their first guess and return it: the loss is flat there, or too flat "
-                "for the optimizer (L-BFGS: tolerance_grad), or below stop_below. If the update is only short, lower "
-                "these, or multiply the distance (gia_bench.attacks.wrapped.Scaled).",
+                "%d of %d candidates never left where they began and return it: the loss is flat there, or too flat "
+                "for the optimizer (L-BFGS: tolerance_grad), or below stop_below. If the distance is only small, lower "
+                "these, or multiply it (gia_bench.attacks.wrapped.Scaled).",
                 count, still.numel(),
             )  # fmt: skip
 

@@ -145,7 +145,7 @@ class ConvChain:
         rows = _spread(rows, window.patches(slopes[0], height, width), params[f"{first}.weight"], lower)
         window = window.through(lower)
         placed = rows.new_zeros(*(rows.shape[i] for i in (0, 2, 1, 4, 3)), wide)
-        window.across(rows, placed.permute(0, 2, 1, 4, 3, 5))
+        window.across(rows, placed.permute(0, 2, 1, 4, 3, 5))  # a view
         placed = placed.flatten(1, 2).flatten(3)  # [H, C * W, window's rows, pixels' channels * wide]
         bands = []
         for y in range(height):
@@ -167,14 +167,14 @@ def _spread(rows: Tensor, slopes: Tensor, weight: Tensor, conv: nn.Conv2d) -> Te
     """Windows [h, w, C, I, k, k] by a convolution's activations, whose derivatives are ``slopes`` [h, w, I, k, k], as
     windows [h, w, C, J, K, K] by its inputs."""
     h, w, C, _, k, _ = rows.shape
-    # contiguous in what is left, which no elementwise operation is otherwise
+    # elementwise operations are slow on many short rows, which a window's are: each is one long row here
     rows = rows.flatten(3) * slopes.flatten(2).contiguous()[:, :, None]
     stride, K = conv.stride[0], (k - 1) * conv.stride[0] + weight.shape[-1]
     if stride == 1:
-        # faster on CPUs than a transposed convolution
+        # a convolution of the padded windows with the turned kernel is faster on CPUs than a transposed one
         maps, turned = rows.view(-1, len(weight), k, k), weight.flip(2, 3).transpose(0, 1).contiguous()
         return conv2d(maps, turned, padding=weight.shape[-1] - 1).view(h, w, C, -1, K, K)
-    # as are transposed convolutions with strides: the same as one matrix product
+    # transposed convolutions with strides are slow on CPUs: the same as one matrix product
     table = weight.new_zeros(len(weight), k, k, weight.shape[1], K, K)
     for y, x in product(range(k), range(k)):
         down, across = (slice(i * stride, i * stride + weight.shape[-1]) for i in (y, x))
@@ -193,7 +193,7 @@ def conv_chain(victim: Victim, head: Head) -> ConvChain | None:
     for name, layer in layers[:-2]:
         if type(layer) is nn.Conv2d and _plain(layer):
             stages.append((name, layer, None))
-        elif type(layer) in ELEMENTWISE and stages and stages[-1][2] is None:
+        elif type(layer) in ELEMENTWISE and stages and stages[-1][2] is None and not getattr(layer, "inplace", False):
             stages[-1] = (*stages[-1][:2], layer)
         else:
             return None

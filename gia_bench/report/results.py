@@ -80,15 +80,23 @@ class Results:
         return Results(runs, self.frame[self.frame["run_id"].isin(runs)])
 
     def differences(self, run_ids: Iterable[str], attacks: Collection[str] = ()) -> dict[str, list[Any]]:
-        """Settings in which runs differ -> their values, but for the seed and what leaves numbers alone.
+        """Settings in which runs differ -> their values, but for the seed, what follows it, and what leaves numbers
+        alone.
 
         With ``attacks``, the settings of other attacks do not count.
         """
+        run_ids = list(run_ids)
         flat = [self._flat[run_id] for run_id in run_ids]
         keys = dict.fromkeys(key for settings in flat for key in settings)
         others = [k for k in keys if attacks and k.startswith("attack.") and k.split(".")[1] not in attacks]
         values = {key: list(dict.fromkeys(str(s.get(key)) for s in flat)) for key in keys if key not in others}
-        return {key: different for key, different in values.items() if len(different) > 1}
+        differing = {key: different for key, different in values.items() if len(different) > 1}
+        return {key: different for key, different in differing.items() if not self._follows_the_seed(key, run_ids)}
+
+    def _follows_the_seed(self, key: str, run_ids: Iterable[str]) -> bool:
+        """Whether it is a part's seed (``pruning.seed``), and every run's own wherever it is set."""
+        of_runs = [(self._flat[run_id].get(key), self.runs[run_id].config.get("seed")) for run_id in run_ids]
+        return key.endswith(".seed") and all(part in (None, seed) for part, seed in of_runs)
 
     @cached_property
     def labels(self) -> dict[str, str]:

@@ -43,6 +43,12 @@ CHAINS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, int, int]]] = 
         layer for i in range(5) for layer in (nn.Conv2d(1 if i == 0 else 2, 2, 3, padding=1, stride=1 + (i == 3)),
                                               nn.Sigmoid())
     ], (1, 9, 8)),
+    "a stride beyond the kernel": (lambda: [
+        nn.Conv2d(1, 3, 2, stride=3), nn.Sigmoid(), nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3),
+    ], (1, 14, 17)),
+    "no strides": (lambda: [
+        nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.Conv2d(2, 3, 3), nn.Softplus(), nn.Conv2d(3, 2, 3), nn.Sigmoid(),
+    ], (1, 9, 8)),
 }  # fmt: skip
 
 
@@ -125,8 +131,9 @@ def test_a_feature_that_no_pixel_moves_has_length_exactly_zero() -> None:
         [nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Conv2d(2, 2, 1)],
         [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 1)],
         [nn.ReLU(), nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 1)],
+        [nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 1)],
     ],
-    ids=["two", "pooling", "groups", "dilation", "oblong", "reflecting", "normalised", "activation first"],
+    ids=["two", "pooling", "groups", "dilation", "oblong", "reflecting", "normalised", "activation first", "in place"],
 )  # fmt: skip
 def test_anything_else_is_left_to_backward_passes(layers: list[nn.Module]) -> None:
     victim = ended(layers, (1, 9, 9))
@@ -137,8 +144,8 @@ def test_anything_else_is_left_to_backward_passes(layers: list[nn.Module]) -> No
 class Scene:
     """Three clients of a small chain, the second with padding."""
 
-    def __init__(self) -> None:
-        layers, shape = CHAINS["strides and odd sizes"]
+    def __init__(self, name: str = "strides and odd sizes") -> None:
+        layers, shape = CHAINS[name]
         with seeded(0, "scene"):
             self.victim = ended(layers(), shape)
         self.params, self.buffers = self.victim.initial()
@@ -153,8 +160,9 @@ class Scene:
         return Soteria().protect(update, client, {}, {}, {})[0]
 
 
-def test_a_loop_and_vmap_over_clients_keep_the_same_columns() -> None:
-    scene = Scene()
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_loop_and_vmap_over_clients_keep_the_same_columns(name: str) -> None:
+    scene = Scene(name)
     with torch.no_grad():
         together = torch.vmap(scene.protect)(scene.updates, scene.batches)
     for c in range(3):

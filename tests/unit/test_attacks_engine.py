@@ -172,18 +172,18 @@ def test_a_long_search_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monk
     assert said[0].endswith("in the median, 0 of 2 candidates are at rest")
 
 
-def test_a_search_that_never_left_its_first_guess_is_told_and_any_other_is_not(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("stop_below", [None, 1e-6])
+def test_a_search_that_never_left_where_it_began_is_told_and_any_other_is_not(
+    caplog: pytest.LogCaptureFixture, stop_below: float | None
 ) -> None:
-    """An update a millionth as long gives slopes below what L-BFGS takes for flat."""
-    p = problem(2)
-    short = [dataclasses.replace(o, update={k: u * 1e-6 for k, u in o.update.items()}) for o in p.observations]
-    attack, tiny = idlg(steps=2), Scaled(distance=Euclidean(), factor=1e-12)
+    """A distance times 1e-12 has slopes below what L-BFGS takes for flat, and is itself below where iDLG stops."""
+    p, attack = problem(2), dataclasses.replace(idlg(steps=2), stop_below=stop_below)
     attack.reconstruct_many(p.observations, p.victim, seeds=[0, 1])
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-    dataclasses.replace(attack, distance=tiny).reconstruct_many(short, p.victim, seeds=[0, 1])
+    tiny = Scaled(distance=Euclidean(), factor=1e-12)
+    dataclasses.replace(attack, distance=tiny).reconstruct_many(p.observations, p.victim, seeds=[0, 1])
     [told] = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert told.startswith("2 of 2 candidates never left their first guess") and "tolerance_grad" in told
+    assert told.startswith("2 of 2 candidates never left where they began") and "tolerance_grad" in told
 
 
 def test_the_state_of_other_settings_or_victims_is_never_picked_up() -> None:

@@ -84,6 +84,16 @@ def test_seeds_are_pooled(tmp_path: Path) -> None:
     assert _lines(_table(tmp_path)) == ["| none | dlg | 18.0 [17.0, 19.0] n=9 |"]
 
 
+def test_a_parts_seed_that_is_the_runs_own_is_no_other_setting_and_any_other_is(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"r{seed}", seed=seed, config={"pruning": {"initial": {"seed": seed}}})
+    [line] = _lines(_table(tmp_path))
+    assert line.endswith("n=6 |")
+    make_run(tmp_path, "r2", seed=2, config={"pruning": {"initial": {"seed": 7}}})
+    with pytest.raises(ConfigError, match=r"pool 3 runs that differ in pruning\.initial\.seed"):
+        _table(tmp_path)
+
+
 def test_failed_victims_are_counted_and_unavailable_metrics_explained(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "ra")
     store = RecordStore(folder / "records.jsonl")
