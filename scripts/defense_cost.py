@@ -2,7 +2,8 @@
 
   --model lenet|lenet_zhu|resnet18|...  any choice of conf/model (lenet)       --clients N   in the round (10)
   --batch N                             examples per client (8)                 --repeats N   of each (9)
-  --executor vmap|loop                  one of them (both)                      --residuals MODEL CLIENTS memory|disk
+  --executor vmap|loop                  one of them (both)                      --image C N     channels and size (3 32)
+  --residuals MODEL CLIENTS memory|disk
   --set OVERRIDE                        of the defenses, for example defense.directions=8; as often as needed
 
 Time is what the clients compute (random numbers, local work, protection) in one FedSGD round on random images, in CPU
@@ -51,18 +52,26 @@ EXECUTORS: dict[str, Executor] = {"vmap": Vmap(chunk_size=16), "loop": Loop()}
 RECIPES = [path.stem for path in sorted((CONF / "defense").glob("*.yaml"))]
 
 
-def rules(model: str, defense: str, executor: str, batch: int, overrides: Sequence[str] = ()) -> Rules:
-    """The parts of a run with 3x32x32 images of 10 classes."""
+def rules(
+    model: str,
+    defense: str,
+    executor: str,
+    batch: int,
+    overrides: Sequence[str] = (),
+    channels: int = 3,
+    size: int = 32,
+) -> Rules:
+    """The parts of a run with square images of 10 classes."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"defense={defense}", *overrides])
     inner: Defense = instantiate(cfg.defense, _convert_="all")
     settings = instantiate(cfg.model, _convert_="all")
     victim = build_victim(
-        **settings, input_shape=(3, 32, 32), num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0,
-        prepare=inner.prepare_model,
+        **settings, input_shape=(channels, size, size), num_classes=10, mean=(0.5,) * channels,
+        std=(0.25,) * channels, seed=0, prepare=inner.prepare_model,
     ).to(DEVICE)  # fmt: skip
     inner.check_victim(victim)
-    calibrated = inner.calibrate(victim, images(200))
+    calibrated = inner.calibrate(victim, images(200, channels, size))
     return Rules(
         victim=victim, defense=calibrated, local=FedSGD(batch_size=batch), executor=EXECUTORS[executor], seed=0
     )
@@ -136,9 +145,9 @@ class Cost(NamedTuple):
 
 def cost(options: argparse.Namespace, name: str, executor: str) -> Cost:
     clients, batch = options.clients, options.batch
-    cohort = data(clients, batch).cohort(0).to(DEVICE)
+    cohort = data(clients, batch, *options.image).cohort(0).to(DEVICE)
     settings = (("none", []), (name, options.overrides))
-    made = [rules(options.model, n, executor, batch, overrides) for n, overrides in settings]
+    made = [rules(options.model, n, executor, batch, overrides, *options.image) for n, overrides in settings]
     plain, defended = (ClientSide(m, cohort) for m in made)
     for warm_up in (plain.compute, defended.compute, defended.pack):
         warm_up()
@@ -166,7 +175,11 @@ def rows(title: str, header: list[str]) -> Iterator[list[str]]:
 def cost_table(options: argparse.Namespace) -> None:
     executors = [options.executor] if options.executor else list(EXECUTORS)
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{options.model}, {options.clients} clients x {options.batch} images, torch {torch.__version__}, {where}"
+    title = (
+        f"{options.model}, {options.clients} clients x {options.batch} images of "
+        + "x".join(map(str, (*options.image, options.image[1])))
+        + f", torch {torch.__version__}, {where}"
+    )
     columns = [f"{e}: {what}" for e in executors for what in ("ms/client", "x none")]
     header = ["defense", *columns, "packing: ms/client", "uplink bytes", "server: s/round"]
     with torch.no_grad(), rows(title, header) as lines:
@@ -223,6 +236,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--executor", choices=EXECUTORS, default=None)
+    parser.add_argument("--image", nargs=2, type=int, default=(3, 32), metavar=("C", "N"))
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="OVERRIDE")
     parser.add_argument("--residuals", nargs=3, metavar=("MODEL", "CLIENTS", "STORAGE"))
     options = parser.parse_args()
