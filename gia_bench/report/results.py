@@ -175,8 +175,22 @@ def _lookup(config: Any, key: str) -> Any:
 def _in_some_choice(key: str) -> bool:
     """Whether a choice of the group that ``key`` begins with has this setting, although no run here does."""
     group, _, setting = key.partition(".")
-    files = (CONF / group).glob("*.yaml")
-    return bool(setting) and any(_holds(yaml.safe_load(file.read_text()), setting) for file in files)
+    return bool(setting) and any(_file_holds(file, setting) for file in (CONF / group).glob("*.yaml"))
+
+
+def _file_holds(file: Path, setting: str) -> bool:
+    """Whether a choice has a setting, its own or of what its defaults put in a place (``/defense@stages.first``)."""
+    config = yaml.safe_load(file.read_text())
+    if _holds(config, setting):
+        return True
+    for entry in config.get("defaults", ()):
+        named, choice = next(iter(entry.items())) if isinstance(entry, Mapping) else (None, entry)
+        source, _, place = (named or choice).partition("@")
+        part = CONF / source.lstrip("/") / f"{choice}.yaml" if named else file.parent / f"{source}.yaml"
+        inner = setting if place == "_here_" else setting.removeprefix(f"{place}.")
+        if part.is_file() and (place == "_here_" or inner != setting) and _file_holds(part, inner):
+            return True
+    return False
 
 
 def _holds(config: Any, key: str) -> bool:

@@ -347,6 +347,21 @@ def test_unknown_keys_list_the_choices(tmp_path: Path) -> None:
             _table(tmp_path, **more)
 
 
+@pytest.mark.parametrize("key", ["defense.stages.first.max_norm", "defense.stages.second._target_", "defense.dtype"])
+def test_a_row_may_be_a_setting_that_only_other_choices_have(tmp_path: Path, key: str) -> None:
+    """A chain's stages stand in their own files."""
+    make_run(tmp_path, "ra")
+    [line] = _lines(_table(tmp_path, rows=("defense", key, "attack")))
+    assert line.startswith("| none |")
+
+
+@pytest.mark.parametrize("key", ["defense.stages.first.variance", "defense.stages.third.max_norm", "defense.max_norms"])
+def test_a_row_that_no_choice_has_is_refused(tmp_path: Path, key: str) -> None:
+    make_run(tmp_path, "ra")
+    with pytest.raises(ConfigError, match="is not known"):
+        _table(tmp_path, rows=("defense", key, "attack"))
+
+
 def test_runs_in_a_loop_and_under_vmap_are_of_one_condition(tmp_path: Path) -> None:
     for run_id, seed, kind in (("ra", 0, "loop"), ("rb", 1, "vmap")):
         make_run(tmp_path, run_id, seed=seed, config={"fl": {"executor": {"kind": kind}}})
