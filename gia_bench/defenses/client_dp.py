@@ -12,6 +12,7 @@ from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.defenses.dp_accounting import Mechanism, check_budget
+from gia_bench.defenses.draws import normal
 from gia_bench.defenses.noise import Gaussian, averaged
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 
@@ -48,7 +49,7 @@ class ClientDP(Defense):
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Standard normal numbers, float32 on the CPU, by parameter name."""
-        return {name: torch.randn(param.shape, generator=generator) for name, param in like.items()}
+        return normal(like, generator)
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

@@ -48,10 +48,11 @@ class ClipUpdate(Defense):
 def clipped(update: Update, max_norm: float, norm: int = 2) -> Update:
     """``update`` with a joint norm of at most ``max_norm``, up to rounding."""
     # in double: there the order of a sum, which is another one under vmap, does not show in single precision
-    powers = [u.double().abs().pow(norm).sum() for u in update.values()]
-    length = torch.stack(powers).sum()
+    norms = torch.stack([torch.linalg.vector_norm(u, norm, dtype=torch.float64) for u in update.values()])
+    length = norms.pow(norm).sum()
     inside = length <= max_norm**norm
     # the inner where keeps a zero update's gradient finite
     root = torch.where(inside, 1.0, length).pow(1 / norm)
     factor = torch.where(inside, 1.0, max_norm / root)
-    return {name: u * factor.to(u.dtype) for name, u in update.items()}
+    factors = {dtype: factor.to(dtype) for dtype in {u.dtype for u in update.values()}}
+    return {name: u * factors[u.dtype] for name, u in update.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gia_bench.defenses.checks import check
 from gia_bench.errors import ConfigError, choices
+from gia_bench.rows import cut, joined
 from gia_bench.values import Update
 
 VARIANCES: Mapping[str, Callable[[float, Sequence[float]], float]] = {
@@ -57,9 +58,7 @@ class RandomMatrix:
         assumed = VARIANCES[self.variance](variance, shares)
         if self.scope == "layer":
             return {name: self._denoised(u.reshape(-1), assumed).view(u.shape) for name, u in update.items()}
-        row = self._denoised(torch.cat([u.reshape(-1) for u in update.values()]), assumed)
-        parts = row.split_with_sizes([u.numel() for u in update.values()])
-        return {name: part.view(u.shape) for part, (name, u) in zip(parts, update.items(), strict=True)}
+        return cut(self._denoised(joined(update), assumed), update)
 
     def shape(self, num_entries: int) -> tuple[int, int]:
         """(v, w) of the matrix for so many entries."""

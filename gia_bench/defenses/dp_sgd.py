@@ -14,6 +14,7 @@ from gia_bench.defenses.base import BatchLoss, Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.clip import clipped
 from gia_bench.defenses.dp_accounting import Mechanism, check_budget
+from gia_bench.defenses.draws import normal
 from gia_bench.defenses.noise import Gaussian
 from gia_bench.errors import IncompatibleError
 from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Shared, State, Update
@@ -67,7 +68,7 @@ class DPSGD(Defense):
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """``<step>.<parameter>``: standard normal numbers for each local step, float32 on the CPU."""
         steps = range(batch.mask.shape[0])
-        return {f"{s}.{k}": torch.randn(p.shape, generator=generator) for s in steps for k, p in like.items()}
+        return {f"{s}.{k}": n for s in steps for k, n in normal(like, generator).items()}
 
     def gradient(
         self, loss: BatchLoss, params: Params, batch: Batch, noise: Noise, step: int

@@ -66,19 +66,19 @@ class ErrorFeedback:
     def send(self, update: Update, state: State, select: Select) -> tuple[Update, State]:
         """What is sent, and the next state.
 
-        NaN and infinity are always sent, whatever was selected: withheld, they would hide a broken client from the
-        server and stay in the residual for ever.
+        NaN and infinity are always sent, those that were not selected as NaN: withheld, they would hide a broken client
+        from the server and stay in the residual for ever.
         """
         full = self.accumulated(update, state)
-        # what is no number, or infinite, is no zero when it is taken from itself
-        chosen = {name: mask | (full[name] - full[name] != 0) for name, mask in select(full).items()}
-        sent = {name: torch.where(chosen[name], u, 0) for name, u in full.items()}
+        # a product, not torch.where, which takes several times as long on a CPU where the mask is irregular; adding 0
+        # turns -0.0 into 0.0
+        sent = {name: full[name] * mask + 0.0 for name, mask in select(full).items()}
         if not self.enabled:
             return sent, state
-        # where, not subtraction: exact, and without infinity - infinity
-        kept = {RESIDUAL + name: torch.where(chosen[name], 0, u) for name, u in full.items()}
-        residual = kept if self.decay == 1 else {name: self.decay * u for name, u in kept.items()}
-        ever = {SENT + name: state[SENT + name] | (u != 0) for name, u in sent.items()}
+        # what was sent leaves exactly 0, or NaN where it was not finite
+        owed = {name: (u - sent[name]).nan_to_num(0, 0, 0) for name, u in full.items()}
+        residual = {RESIDUAL + name: u if self.decay == 1 else self.decay * u for name, u in owed.items()}
+        ever = {SENT + name: state[SENT + name] | u.bool() for name, u in sent.items()}
         return sent, residual | ever
 
     def measure(self, state: State) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from gia_bench.defenses.base import AskClient, BatchLoss, Client, Defense
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.compensation import RandomMatrix
+from gia_bench.defenses.draws import normal
 from gia_bench.defenses.selection import exact, restricted
 from gia_bench.defenses.sensitivity import Risk, Sensitivity
 from gia_bench.defenses.slices import atom_size, energies, equal_risk, reservoir, spread
@@ -123,8 +124,8 @@ class GradDefense(Defense):
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """``chosen`` [s] bool and ``normal.<parameter>``: standard normal numbers, float32 on the CPU."""
         chosen = reservoir(self.slices, self.num_chosen, generator)
-        normal = {NORMAL + name: torch.randn(p.shape, generator=generator) for name, p in like.items()}
-        return {"chosen": chosen, **normal}
+        own = {NORMAL + name: n for name, n in normal(like, generator).items()}
+        return {"chosen": chosen, **own}
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

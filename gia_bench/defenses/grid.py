@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gia_bench.values import Update
+from gia_bench.values import Noise, Update
 
 _LOW_BITS = 8
 
@@ -31,24 +31,28 @@ def unit_above(step: Tensor) -> Tensor:
     return rounded
 
 
-def units_above(steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``unit_above`` of every tensor's step (scalars) at once: an operation takes its time however few the numbers."""
-    if len({step.dtype for step in steps.values()}) != 1:
-        return {name: unit_above(step) for name, step in steps.items()}
-    return dict(zip(steps, unit_above(torch.stack(list(steps.values()))).unbind(), strict=True))
+def on_grid(update: Update, steps: Tensor, levels: int, noise: Noise) -> Update:
+    """Each entry as the nearest multiple of its tensor's unit, from -levels to levels, in its dtype.
 
-
-def on_grid(u: Tensor, unit: Tensor, levels: int, uniform: Tensor | None) -> Tensor:
-    """Each entry as the nearest multiple of ``unit``, from -levels to levels, in the dtype of ``u``.
-
-    uniform: numbers in [0, 1) for stochastic rounding, which goes up with the probability of the remainder. An update
-    with NaN or infinity becomes NaN as a whole, so that the server sees it.
+    steps: [tensors], of which the units are ``unit_above``. noise: empty, or numbers in [0, 1) for stochastic rounding,
+    which goes up with the probability of the remainder. A tensor with NaN or infinity becomes NaN as a whole, so that
+    the server sees it.
     """
-    unit = unit.to(u.dtype)
-    multiples = torch.where(unit > 0, u / unit, 0)
-    whole = multiples.round() if uniform is None else (multiples + uniform.to(u.device, u.dtype)).floor()
-    # adding 0 turns -0.0 into 0.0
-    return (whole.clamp(-levels, levels) + 0.0) * unit
+    # for all tensors at once: an operation takes its time however few the numbers
+    units = unit_above(steps)
+    # a tensor of zeros has the unit 0
+    divisors = torch.where(units > 0, units, 1)
+
+    def rounded(u: Tensor, unit: Tensor, divisor: Tensor, uniform: Tensor | None) -> Tensor:
+        if uniform is None:
+            # adding 0 turns -0.0 into 0.0
+            return ((u / divisor).round() + 0.0) * unit
+        return torch.addcdiv(uniform.to(u.device, u.dtype), u, divisor).floor().clamp(-levels, levels) * unit
+
+    return {
+        name: rounded(u, unit.to(u.dtype), divisor.to(u.dtype), noise.get(name))
+        for (name, u), unit, divisor in zip(update.items(), units, divisors, strict=True)
+    }
 
 
 @final
@@ -101,8 +105,3 @@ def straight_through(update: Update, rounding: Callable[[Update], Update]) -> Up
     plain = {name: u.detach() for name, u in update.items()}
     rounded = rounding(plain)
     return {name: u + (rounded[name] - plain[name]) for name, u in update.items()}
-
-
-def euclidean(update: Update) -> dict[str, Tensor]:
-    """Each tensor's Euclidean norm, in double: there the order of a sum does not show in single precision."""
-    return {name: u.double().square().sum().sqrt() for name, u in update.items()}

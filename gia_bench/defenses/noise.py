@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
-from gia_bench.defenses.draws import laplace
+from gia_bench.defenses.draws import laplace, normal
 from gia_bench.errors import ConfigError
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
 
@@ -45,7 +45,7 @@ class GaussianNoise(Defense):
 
     def draw(self, like: Params, batch: Batch, generator: torch.Generator) -> Noise:
         """Standard normal numbers, float32 on the CPU, by parameter name."""
-        return {name: torch.randn(param.shape, generator=generator) for name, param in like.items()}
+        return normal(like, generator)
 
     def protect(
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise

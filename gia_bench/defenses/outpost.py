@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gia_bench.defenses.base import BatchLoss, Client, Defense
 from gia_bench.defenses.checks import check
+from gia_bench.defenses.draws import normal
 from gia_bench.defenses.selection import on_support, restricted
 from gia_bench.defenses.sparsify import GradientCompression
+from gia_bench.rows import cut, joined
 from gia_bench.values import Batch, Buffers, Noise, Observation, Params, Shared, State, Update
 from gia_bench.wire import SPARSE, Codec
 
@@ -73,7 +75,7 @@ class Outpost(Defense):
         noise: Noise = {}
         for step in range(batch.mask.shape[0]):
             noise[f"{APPLY}.{step}"] = torch.rand((), generator=generator)
-            noise |= {f"{step}.{k}": torch.randn(p.shape, generator=generator) for k, p in like.items()}
+            noise |= {f"{step}.{k}": n for k, n in normal(like, generator).items()}
         return noise
 
     def gradient(
@@ -113,7 +115,5 @@ class Outpost(Defense):
     def _loud(self, gradient: Update) -> dict[str, Tensor]:
         """Where noise goes: bool, by parameter name, without the parameter's first axis."""
         fisher = {k: g.square().mean(0) if g.ndim else g.square() for k, g in gradient.items()}
-        together = torch.cat([f.reshape(-1) for f in fisher.values()])
-        [mask] = GradientCompression(prune=1 - self.phi).select({"all": together}).values()
-        parts = mask.split_with_sizes([f.numel() for f in fisher.values()])
-        return {k: part.reshape(f.shape) for part, (k, f) in zip(parts, fisher.items(), strict=True)}
+        [mask] = GradientCompression(prune=1 - self.phi).select({"all": joined(fisher)}).values()
+        return cut(mask, fisher)

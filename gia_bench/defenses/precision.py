@@ -9,7 +9,7 @@ import torch
 
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import ByChance, on_grid, straight_through, units_above
+from gia_bench.defenses.grid import ByChance, on_grid, straight_through
 from gia_bench.defenses.noise import averaged
 from gia_bench.defenses.selection import check_scope
 from gia_bench.errors import ConfigError, choices
@@ -105,9 +105,7 @@ class Int8(Defense):
 
     def _rounded(self, update: Update, noise: Noise) -> Update:
         # empty tensors have no largest entry
-        largest = {k: u.abs().amax() if u.numel() else u.new_zeros(()) for k, u in update.items()}
+        largest = torch.stack([u.abs().amax() if u.numel() else u.new_zeros(()) for u in update.values()])
         if self.scope == "global":
-            most = torch.stack([m.double() for m in largest.values()]).amax()
-            largest = dict.fromkeys(update, most)
-        units = units_above({name: m / INT8_LEVELS for name, m in largest.items()})
-        return {name: on_grid(u, units[name], INT8_LEVELS, noise.get(name)) for name, u in update.items()}
+            largest = largest.amax().expand_as(largest)
+        return on_grid(update, largest / INT8_LEVELS, INT8_LEVELS, noise)

@@ -16,6 +16,7 @@ from torch import Tensor
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.selection import Mask, check_scope, exact
 from gia_bench.errors import ConfigError
+from gia_bench.rows import cut, joined
 from gia_bench.values import Noise, Params, State, Update
 from gia_bench.wire import bits_of
 
@@ -73,13 +74,10 @@ class FixedRate(DefenseMask):
 
     def withheld(self, choice: Choice, state: State, noise: Noise) -> tuple[Mask, State]:
         """By rank alone; nothing is remembered."""
-        rows = {k: s.reshape(-1) for k, s in choice.sensitivity.items()}
-        if self.scope == "tensor":
-            masks = [most_sensitive(row, [self.rate])[0] for row in rows.values()]
-        else:
-            whole = most_sensitive(torch.cat([*rows.values()]), [self.rate])[0]
-            masks = list(whole.split_with_sizes([row.numel() for row in rows.values()]))
-        return {k: m.view(choice.sensitivity[k].shape) for k, m in zip(rows, masks, strict=True)}, {}
+        scores = choice.sensitivity
+        if self.scope == "global":
+            return cut(most_sensitive(joined(scores), [self.rate])[0], scores), {}
+        return {k: most_sensitive(s.reshape(-1), [self.rate])[0].view(s.shape) for k, s in scores.items()}, {}
 
 
 @final

@@ -10,7 +10,7 @@ import torch
 from gia_bench.defenses.base import Client, Defense, NoiseLaw
 from gia_bench.defenses.checks import check
 from gia_bench.defenses.draws import uniform
-from gia_bench.defenses.grid import ByChance, euclidean, on_grid, straight_through, units_above
+from gia_bench.defenses.grid import ByChance, on_grid, straight_through
 from gia_bench.defenses.noise import averaged
 from gia_bench.errors import ConfigError, choices
 from gia_bench.values import Batch, Noise, Observation, Params, Shared, State, Update
@@ -56,8 +56,9 @@ class QSGD(Defense):
         self, update: Update, client: Client, state: State, shared: Shared, noise: Noise
     ) -> tuple[Update, State]:
         """The rounded update, in its own dtype."""
-        units = units_above({name: norm / self.levels for name, norm in euclidean(update).items()})
-        return {k: on_grid(u, units[k], int(self.levels), noise[k]) for k, u in update.items()}, state
+        # in double: there the order of a sum does not show in single precision
+        lengths = torch.stack([torch.linalg.vector_norm(u, dtype=torch.float64) for u in update.values()])
+        return on_grid(update, lengths / self.levels, int(self.levels), noise), state
 
 
 @final
@@ -92,12 +93,9 @@ class SignSGD(Defense):
         return straight_through(update, self._signs)
 
     def _signs(self, update: Update) -> Update:
-
-        def magnitude(u: torch.Tensor) -> torch.Tensor:
-            # in double: there the order of a sum does not show in single precision
-            mean = u.double().abs().sum() / max(u.numel(), 1)
-            size = mean.to(u.dtype) if self.scale == "mean_abs" else torch.ones_like(mean, dtype=u.dtype)
-            return torch.where(mean.isfinite(), size, torch.nan)
-
-        sizes = {name: magnitude(u) for name, u in update.items()}
-        return {name: torch.where(u < 0, -sizes[name], sizes[name]) for name, u in update.items()}
+        # in double: there the order of a sum does not show in single precision
+        sums = torch.stack([u.abs().sum(dtype=torch.float64) for u in update.values()])
+        means = sums / sums.new_tensor([max(u.numel(), 1) for u in update.values()])
+        sizes = torch.where(means.isfinite(), means if self.scale == "mean_abs" else 1.0, torch.nan)
+        # adding 0 turns -0.0 into 0.0
+        return {k: size.to(u.dtype).copysign(u + 0.0) for size, (k, u) in zip(sizes, update.items(), strict=True)}

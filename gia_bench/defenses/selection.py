@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gia_bench.defenses.checks import check
 from gia_bench.errors import ConfigError, IncompatibleError, choices
+from gia_bench.rows import cut, joined
 from gia_bench.values import Update
 from gia_bench.wire import bits_of
 
@@ -33,9 +34,7 @@ def band(update: Update, k1: Fraction, k2: Fraction, scope: str) -> Mask:
     """
     if scope == "tensor":
         return {name: _band(u.reshape(-1), k1, k2).reshape(u.shape) for name, u in update.items()}
-    row = _band(torch.cat([u.reshape(-1) for u in update.values()]), k1, k2)
-    parts = row.split_with_sizes([u.numel() for u in update.values()])
-    return {name: part.reshape(u.shape) for part, (name, u) in zip(parts, update.items(), strict=True)}
+    return cut(_band(joined(update), k1, k2), update)
 
 
 def _band(entries: Tensor, k1: Fraction, k2: Fraction) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gia_bench.rows import cut
 from gia_bench.values import Params, Update
 
 
@@ -68,8 +69,7 @@ def spread(values: Tensor, borders: Tensor, like: Params) -> dict[str, Tensor]:
     num_coordinates = sum(p.numel() for p in like.values())
     slices = torch.arange(len(borders) - 1, device=borders.device)
     own = torch.repeat_interleave(slices, borders.diff(), output_size=num_coordinates)
-    parts = own.split_with_sizes([p.numel() for p in like.values()])
-    return {name: values[part].view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+    return cut(values[own], like)
 
 
 def energies(update: Update, borders: Tensor, like: Params) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, final
 
 import torch
+from torch import Tensor
 
 from gia_bench.data.cohort import Cohort
 from gia_bench.defenses.base import Client, Defense
@@ -112,7 +113,14 @@ class Clients:
         inputs = ClientInputs(
             batch,
             {k: v.expand(len(chunk), *v.shape) for k, v in self.server.buffers.items()},
-            {k: torch.stack([s[k].to(device) for s in states]) for k in states[0]},
-            {k: torch.stack([n[k].to(device) for n in noises]) for k in noises[0]},
+            _stacked(states, device),
+            _stacked(noises, device),
         )
         return self.rules.executor.run(work, inputs, cohort, chunk)
+
+
+def _stacked(each: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Each client's tensors [...] as [k, ...]; of one client without a copy."""
+    if len(each) == 1:
+        return {name: t.to(device)[None] for name, t in each[0].items()}
+    return {name: torch.stack([tensors[name].to(device) for tensors in each]) for name in each[0]}

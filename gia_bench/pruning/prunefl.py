@@ -18,6 +18,7 @@ from gia_bench.models.functional import Victim
 from gia_bench.pruning.base import Begun, Pruning, Testimony, Trained
 from gia_bench.pruning.initial import InitialPruning
 from gia_bench.pruning.scores import everything, prunable
+from gia_bench.rows import cut, joined
 from gia_bench.values import Batch, Examples, Params, State, Update
 from gia_bench.wire import bits_of
 
@@ -133,7 +134,7 @@ class PruneFL(Pruning):
         """What stays, and what pays."""
         stays = {name: _largest_kept(params[name], mask, strength) for name, mask in masks.items()}
         seconds = self._seconds(list(masks))
-        flat = torch.cat([stays[name].reshape(-1) for name in masks])
+        flat = joined({name: stays[name] for name in masks})
         gain = torch.cat([evidence[name].reshape(-1).double() for name in masks])
         time = torch.cat([gain.new_full((m.numel(),), seconds[name]) for name, m in masks.items()])
         always = sum(float(g.double().sum()) for name, g in evidence.items() if name not in masks)
@@ -141,8 +142,7 @@ class PruneFL(Pruning):
         start = (always + float(gain[flat].sum()), self.constant + float(time[flat].sum()))
         rest = (~flat).nonzero().view(-1)
         kept = flat.index_fill(0, rest[worthwhile(gain[rest], time[rest], *start, room)], True)
-        parts = kept.split_with_sizes([m.numel() for m in masks.values()])
-        return {name: part.view(mask.shape) for part, (name, mask) in zip(parts, masks.items(), strict=True)}
+        return cut(kept, masks)
 
     def _seconds(self, names: list[str]) -> dict[str, float]:
         """Seconds per weight, by layer."""

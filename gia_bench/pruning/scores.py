@@ -13,6 +13,7 @@ from gia_bench.defenses.checks import check
 from gia_bench.defenses.selection import Mask, exact
 from gia_bench.errors import ConfigError, IncompatibleError, choices
 from gia_bench.models.functional import Victim
+from gia_bench.rows import joined
 from gia_bench.seeding import stream
 from gia_bench.values import Batch, Buffers, Examples, Params
 
@@ -57,7 +58,7 @@ def above_threshold(scores: Scores, density: float) -> Mask:
 
     Scores that equal the threshold fall with it (Synaptic-Flow's rule), so that ties can cost more than k entries.
     """
-    row = torch.cat([s.reshape(-1) for s in scores.values()])
+    row = joined(scores)
     k = math.floor((1 - exact(density)) * row.numel())
     threshold = row.kthvalue(k).values if k else row.new_tensor(-math.inf)
     return {name: s > threshold if k else torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gia_bench.errors import WireError
+from gia_bench.rows import cut
 from gia_bench.values import Params, Payload, Shared, Update
 
 
@@ -57,8 +58,7 @@ def placed(values: Tensor, kept: Tensor, like: Params, names: list[str]) -> Upda
             "that it was encoded with."
         )
     row = torch.zeros(kept.shape, dtype=values.dtype, device=values.device).masked_scatter_(kept, values)
-    parts = row.split_with_sizes([like[name].numel() for name in names])
-    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+    return cut(row, {name: like[name] for name in names})
 
 
 def names_by_dtype(update: Update) -> dict[torch.dtype, list[str]]:

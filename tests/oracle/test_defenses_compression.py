@@ -178,3 +178,15 @@ def test_residuals_are_kept_where_they_are_wanted() -> None:
             assert torch.equal(sent[name] + state["residual." + name], u)
         assert 0 < defense.measure(state)["never_sent_share"] < 1
     assert GradientCompression().init_client(UPDATE) == {}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_sent_whatever_is_selected_and_is_not_remembered(bad: float) -> None:
+    update = {"w": torch.tensor([1.0, bad, 0.25, bad])}
+    chosen = {"w": torch.tensor([True, True, False, False])}
+    feedback = ErrorFeedback()
+    sent, state = feedback.send(update, feedback.initial(update), lambda full: chosen)
+    assert sent["w"].isfinite().tolist() == [True, False, True, False]
+    assert torch.equal(sent["w"][1:2].isinf(), update["w"][1:2].isinf())
+    assert torch.equal(state["residual.w"], torch.tensor([0.0, 0.0, 0.25, 0.0]))
+    assert state["sent.w"].tolist() == [True, True, False, True]
