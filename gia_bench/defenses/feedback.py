@@ -72,11 +72,11 @@ class ErrorFeedback:
         full = self.accumulated(update, state)
         # a product, not torch.where, which takes several times as long on a CPU where the mask is irregular; adding 0
         # turns -0.0 into 0.0
-        sent = {name: full[name] * mask + 0.0 for name, mask in select(full).items()}
+        sent = {name: (full[name] * mask).add_(0.0) for name, mask in select(full).items()}
         if not self.enabled:
             return sent, state
         # what was sent leaves exactly 0, or NaN where it was not finite
-        owed = {name: (u - sent[name]).nan_to_num(0, 0, 0) for name, u in full.items()}
+        owed = {name: (u - sent[name]).nan_to_num_(0, 0, 0) for name, u in full.items()}
         residual = {RESIDUAL + name: u if self.decay == 1 else self.decay * u for name, u in owed.items()}
         ever = {SENT + name: state[SENT + name] | u.bool() for name, u in sent.items()}
         return sent, residual | ever
