@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -14,9 +14,9 @@ SMALL = 4096
 """Entries of a tensor up to which it is not worth an operation of its own (measured on DLG's LeNet)."""
 
 
-def joined(tensors: Tensors) -> Tensor:
-    """All entries [P] in the order of the names."""
-    return torch.cat([t.reshape(-1) for t in tensors.values()])
+def joined(tensors: Tensors, names: Iterable[str] | None = None) -> Tensor:
+    """The entries [P] of all tensors, or of those that are named, in this order."""
+    return torch.cat([tensors[name].reshape(-1) for name in (tensors if names is None else names)])
 
 
 def cut(row: Tensor, like: Tensors) -> dict[str, Tensor]:
@@ -25,8 +25,8 @@ def cut(row: Tensor, like: Tensors) -> dict[str, Tensor]:
     return {name: part.view(t.shape) for part, (name, t) in zip(parts, like.items(), strict=True)}
 
 
-def pieces(*inputs: Tensors) -> list[tuple[Tensor, ...]]:
-    """Tensors of the same names and shapes side by side: each large one, and after them all small ones as one row."""
-    small = [name for name, t in inputs[0].items() if t.numel() <= SMALL]
-    parts = [tuple(tensors[name] for tensors in inputs) for name in inputs[0] if name not in small]
-    return [*parts, tuple(joined({name: t[name] for name in small}) for t in inputs)] if small else parts
+def pieces(dummy: Tensors, observed: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """Of both the tensors that ``observed`` has, side by side: each large one, then all small ones as one row."""
+    small = [name for name, t in observed.items() if t.numel() <= SMALL]
+    large = [(dummy[name], t) for name, t in observed.items() if name not in small]
+    return [*large, (joined(dummy, small), joined(observed, small))] if small else large

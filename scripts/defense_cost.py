@@ -3,13 +3,14 @@
   --model lenet|lenet_zhu|resnet18|...  any choice of conf/model (lenet)       --clients N   in the round (10)
   --batch N                             examples per client (8)                 --repeats N   of each (9)
   --executor vmap|loop                  one of them (both)                      --image C N     channels and size (3 32)
+  --wall                                time on the wall, of all threads at once, on a machine that does nothing else
   --residuals MODEL CLIENTS memory|disk
   --set OVERRIDE                        of the defenses, for example defense.directions=8; as often as needed
 
 Time is what the clients compute (random numbers, local work, protection) in one FedSGD round on random images, in CPU
-seconds of all threads (wall-clock seconds on a GPU), which other users of the machine disturb least. Each round of a
-defense follows one without any; the ratio is the median over these pairs. The server's is what it makes of the mean
-(GradDefense's compensation), in seconds on the wall. Without names: all of conf/defense.
+seconds of all threads, which other users of the machine disturb least (wall-clock seconds with --wall and on a GPU).
+Each round of a defense follows one without any; the ratio is the median over these pairs. The server's is what it makes
+of the mean (GradDefense's compensation), in seconds on the wall. Without names: all of conf/defense.
 ``--residuals`` instead plays rounds of 4 clients with DGP, twice for every client, and prints the peak memory; the
 states lie below the current folder.
 """
@@ -118,8 +119,12 @@ class ClientSide:
         return compensate
 
 
-def seconds(action: Callable[[], None], wall: bool = False) -> float:
-    if wall or DEVICE.type == "cuda":
+def on_the_wall(options: argparse.Namespace) -> bool:
+    return bool(options.wall) or DEVICE.type == "cuda"
+
+
+def seconds(action: Callable[[], None], wall: bool) -> float:
+    if wall:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -151,9 +156,8 @@ def cost(options: argparse.Namespace, name: str, executor: str) -> Cost:
     plain, defended = (ClientSide(m, cohort) for m in made)
     for warm_up in (plain.compute, defended.compute, defended.pack):
         warm_up()
-    pairs = [
-        (seconds(plain.compute), seconds(defended.compute), seconds(defended.pack)) for _ in range(options.repeats)
-    ]
+    sides = (plain.compute, defended.compute, defended.pack)
+    pairs = [[seconds(side, on_the_wall(options)) for side in sides] for _ in range(options.repeats)]
     each, compensate = 1e3 / clients, defended.serve()
     compensate()
     server = median(seconds(compensate, wall=True) for _ in range(3))
@@ -178,7 +182,7 @@ def cost_table(options: argparse.Namespace) -> None:
     title = (
         f"{options.model}, {options.clients} clients x {options.batch} images of "
         + "x".join(map(str, (*options.image, options.image[1])))
-        + f", torch {torch.__version__}, {where}"
+        + f", torch {torch.__version__}, {where}, {'wall-clock' if on_the_wall(options) else 'processor'} time"
     )
     columns = [f"{e}: {what}" for e in executors for what in ("ms/client", "x none")]
     header = ["defense", *columns, "packing: ms/client", "uplink bytes", "server: s/round"]
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--executor", choices=EXECUTORS, default=None)
     parser.add_argument("--image", nargs=2, type=int, default=(3, 32), metavar=("C", "N"))
+    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="OVERRIDE")
     parser.add_argument("--residuals", nargs=3, metavar=("MODEL", "CLIENTS", "STORAGE"))
     options = parser.parse_args()

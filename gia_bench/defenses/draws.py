@@ -9,7 +9,7 @@ from gia_bench.values import Noise, Params
 
 
 def normal(like: Params, generator: torch.Generator) -> Noise:
-    """Standard normal numbers, float32 on the CPU, by parameter name."""
+    """Standard normal numbers, float32 on the CPU, by parameter name; other ones than of a call for each tensor."""
     return cut(torch.randn(_size(like), generator=generator), like)
 
 

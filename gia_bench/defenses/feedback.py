@@ -72,7 +72,8 @@ class ErrorFeedback:
         full = self.accumulated(update, state)
         # a product, not torch.where, which takes several times as long on a CPU where the mask is irregular; adding 0
         # turns -0.0 into 0.0
-        sent = {name: (full[name] * mask).add_(0.0) for name, mask in select(full).items()}
+        mask = select(full)
+        sent = {name: (u * mask[name]).add_(0.0) for name, u in full.items()}
         if not self.enabled:
             return sent, state
         # what was sent leaves exactly 0, or NaN where it was not finite

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gia_bench.rows import joined
 from gia_bench.values import Noise, Update
 
 _LOW_BITS = 8
@@ -39,19 +40,19 @@ def on_grid(update: Update, steps: Tensor, levels: int, noise: Noise) -> Update:
     the server sees it.
     """
     # for all tensors at once: an operation takes its time however few the numbers
-    units = unit_above(steps)
-    # a tensor of zeros has the unit 0
-    divisors = torch.where(units > 0, units, 1)
+    units = {dtype: unit_above(steps).to(dtype) for dtype in {u.dtype for u in update.values()}}
+    # a tensor of zeros has the unit 0, and in half precision one of very small numbers
+    divisors = {dtype: torch.where(unit > 0, unit, 1) for dtype, unit in units.items()}
 
-    def rounded(u: Tensor, unit: Tensor, divisor: Tensor, uniform: Tensor | None) -> Tensor:
+    def multiples(u: Tensor, divisor: Tensor, uniform: Tensor | None) -> Tensor:
         if uniform is None:
             # adding 0 turns -0.0 into 0.0
-            return ((u / divisor).round() + 0.0) * unit
-        return torch.addcdiv(uniform.to(u.device, u.dtype), u, divisor).floor().clamp(-levels, levels) * unit
+            return (u / divisor).round() + 0.0
+        return torch.addcdiv(uniform.to(u.device, u.dtype), u, divisor).floor()
 
     return {
-        name: rounded(u, unit.to(u.dtype), divisor.to(u.dtype), noise.get(name))
-        for (name, u), unit, divisor in zip(update.items(), units, divisors, strict=True)
+        name: multiples(u, divisors[u.dtype][i], noise.get(name)).clamp(-levels, levels) * units[u.dtype][i]
+        for i, (name, u) in enumerate(update.items())
     }
 
 
@@ -72,8 +73,8 @@ class ByChance:
     def surprise(self, dummy: Update, observed: Update) -> Tensor:
         """The sum of -log(1 - |v - m| / unit); a tensor of which nothing but zeros was sent says nothing."""
         units = self._units(observed)
-        away = torch.cat([((dummy[k] - observed[k]).abs() / unit).flatten() for k, unit in units.items()])
-        return _nats(away).sum()
+        away = {k: (dummy[k] - observed[k]).abs() / unit for k, unit in units.items()}
+        return _nats(joined(away)).sum()
 
     def _units(self, observed: Update) -> dict[str, Tensor]:
         """Of every tensor that has entries."""

@@ -87,14 +87,14 @@ class Outpost(Defense):
         perturbed = self.perturbed(plain, params, {k: noise[f"{step}.{k}"] for k in plain})
         return {k: torch.where(applied, perturbed[k], g) for k, g in plain.items()}, buffers, value
 
-    def perturbed(self, gradient: Update, params: Params, normal: Noise) -> Update:
-        """The pruned and noised gradient. ``normal``: standard normal numbers by parameter name."""
+    def perturbed(self, gradient: Update, params: Params, drawn: Noise) -> Update:
+        """The pruned and noised gradient. ``drawn``: standard normal numbers by parameter name."""
         kept = restricted(gradient, GradientCompression(prune=self.prune).select(gradient))
         loud = self._loud(gradient)
         sent = {}
         for name, g in kept.items():
             risk = params[name].var().clamp(max=1) if g.numel() > 1 else g.new_zeros(())
-            sent[name] = g + torch.where(loud[name], risk * self.noise_base * normal[name].to(g.device, g.dtype), 0)
+            sent[name] = g + torch.where(loud[name], risk * self.noise_base * drawn[name].to(g.device, g.dtype), 0)
         return sent
 
     def protect(

@@ -81,7 +81,7 @@ def violation(update: Update, observed: Update, k1: Fraction, scope: str) -> Ten
     """
     update = {name: u for name, u in update.items() if u.numel()}
     names = [[name] for name in update] if scope == "tensor" else [list(update)]
-    rows = [[torch.cat([u[name].reshape(-1) for name in some]) for u in (update, observed)] for some in names]
+    rows = [[joined(u, some) for u in (update, observed)] for some in names]
     return torch.stack([_violation(dummy, seen, math.floor(k1 * dummy.numel())) for dummy, seen in rows]).sum()
 
 

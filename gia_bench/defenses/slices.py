@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gia_bench.rows import cut
+from gia_bench.rows import cut, joined
 from gia_bench.values import Params, Update
 
 
@@ -75,5 +75,5 @@ def spread(values: Tensor, borders: Tensor, like: Params) -> dict[str, Tensor]:
 def energies(update: Update, borders: Tensor, like: Params) -> Tensor:
     """The sum of squares in each slice [count] float64."""
     # a running sum: scattered adds would come in any order on a GPU
-    row = torch.cat([update[name].reshape(-1).double().square() for name in like]).cumsum(0)
+    row = joined(update, like).double().square().cumsum(0)
     return torch.cat([row.new_zeros(1), row])[borders].diff().clamp(min=0)

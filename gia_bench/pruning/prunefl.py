@@ -134,8 +134,7 @@ class PruneFL(Pruning):
         """What stays, and what pays."""
         stays = {name: _largest_kept(params[name], mask, strength) for name, mask in masks.items()}
         seconds = self._seconds(list(masks))
-        flat = joined({name: stays[name] for name in masks})
-        gain = torch.cat([evidence[name].reshape(-1).double() for name in masks])
+        flat, gain = joined(stays), joined(evidence, masks).double()
         time = torch.cat([gain.new_full((m.numel(),), seconds[name]) for name, m in masks.items()])
         always = sum(float(g.double().sum()) for name, g in evidence.items() if name not in masks)
         room = None if self.density_limit is None else math.floor(self.density_limit * flat.numel()) - int(flat.sum())

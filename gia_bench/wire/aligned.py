@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gia_bench.errors import WireError
+from gia_bench.rows import joined
 from gia_bench.values import Params, Payload, Shared, Update
 from gia_bench.wire.bits import bits_of
-from gia_bench.wire.codec import concatenated, names_by_dtype, placed
+from gia_bench.wire.codec import names_by_dtype, placed
 
 MASK = "mask."
 """``shared["mask.<parameter>"]`` says which entries are sent: bool, of the parameter's shape."""
@@ -24,7 +25,7 @@ class Aligned:
         """The entries on the mask. Raises ``WireError`` if anything but zero bits lies off it."""
         values = []
         for names in names_by_dtype(update).values():
-            row, mask = concatenated(update, names), _mask(names, update, shared)
+            row, mask = joined(update, names).detach(), _mask(names, update, shared)
             values.append(row[mask])
             if bits_of(row).masked_fill(mask, 0).any():
                 off = [name for name in names if bits_of(update[name])[~shared[MASK + name]].any()]
@@ -61,7 +62,7 @@ def _mask(names: list[str], like: Params, shared: Shared) -> Tensor:
                 f"The aligned codec needs a bool mask of shape {list(like[name].shape)} for {name!r}, got {got}; "
                 "use it with a defense that announces one (adgp)."
             )
-    return concatenated(shared, [MASK + name for name in names])
+    return joined(shared, [MASK + name for name in names])
 
 
 ALIGNED = Aligned()

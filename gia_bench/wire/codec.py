@@ -41,11 +41,6 @@ def places(codec: Codec, like: Params, shared: Shared) -> dict[str, Tensor]:
     return codec.places(like, shared) if isinstance(codec, Placed) else {}
 
 
-def concatenated(update: Update, names: list[str]) -> Tensor:
-    """The named tensors' entries in one row."""
-    return torch.cat([update[name].detach().reshape(-1) for name in names])
-
-
 def placed(values: Tensor, kept: Tensor, like: Params, names: list[str]) -> Update:
     """``values`` at the places where ``kept`` is set in the row of the named tensors, zero elsewhere.
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gia_bench.errors import WireError
+from gia_bench.rows import joined
 from gia_bench.values import Params, Payload, Shared, Update
-from gia_bench.wire.codec import concatenated, names_by_dtype
+from gia_bench.wire.codec import names_by_dtype
 
 
 class Small(NamedTuple):
@@ -72,7 +73,7 @@ class Narrow:
         header: list[bool] = []
         parts: list[Tensor] = []
         for dtype, names in _groups(update).items():
-            row, sizes = concatenated(update, names), [update[name].numel() for name in names]
+            row, sizes = joined(update, names).detach(), [update[name].numel() for name in names]
             entries, units, exact = self.packing.pack(row, sizes)
             each = units.element_size() if units.numel() else 0
             # a unit can cost more than it saves on a tensor of one entry

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gia_bench.errors import WireError
+from gia_bench.rows import joined
 from gia_bench.values import Params, Payload, Shared, Update
 from gia_bench.wire.bits import bits_of, packed_bits, unpacked_bits
-from gia_bench.wire.codec import concatenated, names_by_dtype, placed
+from gia_bench.wire.codec import names_by_dtype, placed
 
 
 class Form(IntEnum):
@@ -50,7 +51,7 @@ class Sparse:
         bitmap: list[Tensor] = []
         values: list[Tensor] = []
         for dtype, names in names_by_dtype(update).items():
-            row = concatenated(update, names)
+            row = joined(update, names).detach()
             sizes = [update[name].numel() for name in names]
             kept = bits_of(row) != 0
             parts = kept.split_with_sizes(sizes)

@@ -155,3 +155,23 @@ def test_a_payload_of_another_codec_or_model_is_refused() -> None:
     half = Narrow(Cast(torch.float16))
     with pytest.raises(WireError, match=r"holds 16 packed bytes and 0 torch\.float32 entries, .* needs 18 and 0"):
         half.decode(half.encode(update, {}, 1), {"w": torch.ones(9)}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [2e-8, 8e-8, 1e-6, 9.6e-6, 2.5e-5, 0.73, 60.0])
+@pytest.mark.parametrize("defense", [Int8(), Int8(rounding="stochastic"), QSGD(levels=127), QSGD(levels=7)])
+def test_half_precision_is_rounded_to_few_multiples_of_a_unit(
+    defense: Int8 | QSGD, size: float, dtype: torch.dtype
+) -> None:
+    update = {
+        "half": (torch.randn(500, generator=stream(0)) * size).to(dtype), "single": torch.randn(9, generator=stream(1))
+    }  # fmt: skip
+    sent, _ = defense.protect(update, ANY, {}, {}, defense.draw(update, ANY, stream(2)))
+    assert all(sent[name].dtype == u.dtype and sent[name].isfinite().all() for name, u in update.items())
+    levels = 127 if isinstance(defense, Int8) else defense.levels
+    assert len(sent["half"].unique()) <= 2 * levels + 1
+    payload = defense.codec.encode(sent, {}, 1)
+    again = defense.codec.decode(payload, update, {})
+    assert all(torch.equal(again[name], u) for name, u in sent.items())
+    if defense == Int8():
+        assert defense.codec.encode({"half": sent["half"]}, {}, 1).num_bytes <= 500 + 8

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.func import grad
 
 from gia_bench.defenses.clip import ClipUpdate
@@ -190,3 +191,15 @@ def test_what_is_not_finite_is_sent_whatever_is_selected_and_is_not_remembered(b
     assert torch.equal(sent["w"][1:2].isinf(), update["w"][1:2].isinf())
     assert torch.equal(state["residual.w"], torch.tensor([0.0, 0.0, 0.25, 0.0]))
     assert state["sent.w"].tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_clipping_can_be_differentiated_twice_beside_a_tensor_of_zeros(norm: int, size: float) -> None:
+    defense = ClipUpdate(max_norm=1.0, norm=norm)
+
+    def value(u: Tensor) -> Tensor:
+        sent = defense.surrogate({"zero": u * 0, "other": u}, ANY)
+        return sent["other"].square().sum() + sent["zero"].square().sum()
+
+    assert torch.func.jacrev(torch.func.jacrev(value))(size * torch.ones(3)).isfinite().all()

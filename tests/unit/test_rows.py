@@ -41,3 +41,12 @@ def test_large_tensors_are_pieces_of_their_own_and_small_ones_one_row() -> None:
     assert torch.equal(larger[1], b["3"])
     assert torch.equal(small[0], torch.cat([a["0"].flatten(), a["2"]]))
     assert all(torch.equal(own + 1, other) for own, other in (large, larger, small))
+
+
+def test_the_observed_tensors_are_the_ones_that_count() -> None:
+    observed = tensors([[2, 3], [SMALL + 1]])
+    dummy = {"more": torch.ones(5), **{name: t + 1 for name, t in reversed(observed.items())}}
+    large, small = pieces(dummy, observed)
+    assert torch.equal(large[0], dummy["1"])
+    assert torch.equal(small[0], dummy["0"].flatten())
+    assert torch.equal(small[1], observed["0"].flatten())
