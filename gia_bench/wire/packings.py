@@ -34,9 +34,10 @@ class Cast:
         return 8 * self.dtype.itemsize
 
     def pack(self, row: Tensor, sizes: Sequence[int]) -> Small:
-        """The narrow floats."""
+        """The narrow floats. The bits of a NaN that is widened again depend on where it stands: none is held."""
         narrow = row.to(self.dtype)
-        return Small(narrow, row[:0], _same(narrow.to(row.dtype), row, sizes))
+        exact = _same(narrow.to(row.dtype), row, sizes) & ~_of_each(row.isnan(), sizes, torch.any)
+        return Small(narrow, row[:0], exact)
 
     def unpack(self, entries: Tensor, units: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The wide floats."""

@@ -100,6 +100,14 @@ def test_what_few_bits_cannot_hold_travels_as_it_is(codec: Codec, update: Update
     assert payload.num_bytes <= sum(u.nbytes + 1 for u in update.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("beside", [0, 1, 5, 13, 29])
+def test_nan_comes_back_with_its_bits_wherever_it_stands(beside: int, dtype: torch.dtype) -> None:
+    update = {"a": torch.full((beside,), 1e-3), "b": torch.tensor([0.0, math.nan, -0.0])}
+    codec = Narrow(Cast(dtype))
+    assert same_bits(codec.decode(codec.encode(update, {}, 1), update, {}), update)
+
+
 def test_the_mean_of_two_clients_is_not_packed_and_loses_nothing() -> None:
     g = stream(2, "updates")
     sent = [protected(SignSGD(), {"w": torch.randn(100, generator=g)}) for _ in range(2)]
