@@ -31,11 +31,8 @@ def check_control(
     differing = results.differences([*members, *controls], attacks)
     differing = {key: values for key, values in differing.items() if key.partition(".")[0] not in control}
     if differing:
-        key, values = next(iter(differing.items()))
-        raise ConfigError(
-            f"{what} and its control differ in {', '.join(differing)} and cannot be compared. Choose with "
-            f"+{filters}.{key}={values[0]} or runs=..."
-        )
+        way_out = results.way_out([*members, *controls], differing, filters)
+        raise ConfigError(f"{what} and its control differ in {', '.join(differing)} and cannot be compared: {way_out}")
     seeds = results.frame.groupby("run_id")["seed"].first()
     alone = set(seeds[list(members)]) - set(seeds[list(controls)])
     if alone:

@@ -93,6 +93,16 @@ class Results:
         differing = {key: different for key, different in values.items() if len(different) > 1}
         return {key: different for key, different in differing.items() if not self._follows_the_seed(key, run_ids)}
 
+    def way_out(self, run_ids: Iterable[str], differing: Mapping[str, Sequence[Any]], filters: str) -> str:
+        """How to choose among runs that differ, for the end of a sentence: one of several experiments, or by the first
+        setting. filters: the key that filters take."""
+        key, values = next(iter(differing.items()))
+        by_setting = f"choose with +{filters}.{key}={values[0]} or runs=..."
+        folders = list(dict.fromkeys(self.runs[run_id].folder.parent for run_id in run_ids))
+        if len(folders) == 1:
+            return by_setting
+        return f"they are of {len(folders)} experiments; take one with 'runs=[{folders[0]}]', or {by_setting}"
+
     def _follows_the_seed(self, key: str, run_ids: Iterable[str]) -> bool:
         """Whether it is a part's seed (``pruning.seed``), and every run's own wherever it is set."""
         of_runs = [(self._flat[run_id].get(key), self.runs[run_id].config.get("seed")) for run_id in run_ids]

@@ -250,11 +250,10 @@ def _controls(
 def _check_pool(spec: TableSpec, results: Results, row: dict[str, Any], members: list[str]) -> None:
     differing = results.differences(members, _attacks(row))
     if differing:
-        key, values = next(iter(differing.items()))
+        apart = ",".join([*spec.rows, next(iter(differing))])
         raise ConfigError(
             f"table {spec.name}: {_name(row)} would pool {len(members)} runs that differ in {', '.join(differing)}. "
-            f"Keep them apart with 'table.rows=[{','.join([*spec.rows, key])}]', or choose with "
-            f"+table.filters.{key}={values[0]} or runs=..."
+            f"Keep them apart with 'table.rows=[{apart}]'; or, " + results.way_out(members, differing, "table.filters")
         )
     seeds = results.frame[results.frame["run_id"].isin(members)].groupby("run_id")["seed"].first()
     if seeds.duplicated().any():

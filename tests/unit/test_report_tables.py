@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,14 @@ def test_a_control_differs_in_nothing_but_the_defense(tmp_path: Path, key: str, 
     make_run(tmp_path, "ra")
     make_run(tmp_path, "rb", defense="dgp", config=config)
     with pytest.raises(ConfigError, match=rf"attack=dlg and its control differ in {key} and cannot be compared"):
+        _table(tmp_path)
+
+
+def test_of_several_experiments_one_is_to_be_chosen(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", "ra")
+    make_run(tmp_path / "other", "rb", defense="dgp", config={"fl": {"rounds": 5}})
+    other = re.escape(str(tmp_path / "other" / "made"))
+    with pytest.raises(ConfigError, match=rf"they are of 2 experiments; take one with 'runs=\[{other}\]'"):
         _table(tmp_path)
 
 
