@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias, final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from gia_bench.errors import ConfigError, choices
@@ -94,6 +95,10 @@ class ReconstructionGrid:
                 yield blocks[place]
 
 
+LEAST_SPAN = 0.05
+"""Of test accuracy on an axis: spread over all of it, one test image more would look like a gain."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class PrivacyUtility:
@@ -121,14 +126,18 @@ class PrivacyUtility:
         figure = Figure(figsize=(8.0, max(4.2, 0.3 + 0.17 * len(points))), layout="constrained")
         axes = figure.add_subplot()
         along = sorted((list(points.values())[i] for i in front), key=lambda point: sign * point[0])
-        axes.plot(*zip(*along, strict=True), color="0.7", zorder=1, label="Pareto front")
+        line = axes.plot(*zip(*along, strict=True), color="0.7", zorder=1, label="Pareto front")[0]
+        # rings, so that a front of one point shows too
+        line.set(marker="o", markersize=10, markerfacecolor="none")
         for number, (label, (leak, accuracy)) in enumerate(points.items(), start=1):
             # named beside the axes: names at crowded points would cover each other
             axes.scatter(leak, accuracy, s=22, zorder=2, label=f"{number}  {label}")
         unit = f" [{METRICS[self.metric].unit}]" if METRICS[self.metric].unit else ""
         way = METRICS[self.metric].better_for_defender
         axes.set(xlabel=f"{self.metric}{unit}, strongest attack ({way} is more private)", ylabel="test accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(0.15)
+        _at_least(axes, LEAST_SPAN)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
         _number(figure, axes, list(points.values()))
         return figure
@@ -161,6 +170,12 @@ class PrivacyUtility:
         for label, own in labels.groupby(labels) if controls else ():
             what, members = f"figure {self.name}: {label}", own.index.tolist()
             check_control(results, what, members, controls, control=control, attacks=attacks, filters=filters)
+
+
+def _at_least(axes: Axes, span: float) -> None:
+    low, high = axes.get_ylim()
+    room = max(span - (high - low), 0) / 2
+    axes.set_ylim(low - room, high + room)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

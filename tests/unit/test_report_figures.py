@@ -84,6 +84,14 @@ def test_a_point_is_the_strongest_attack_and_the_last_accuracy(tmp_path: Path) -
     assert "lower is more private" in figure.axes[0].get_xlabel()
 
 
+def test_a_front_of_one_point_shows_and_equal_accuracies_stay_on_one_height(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra")
+    axes = PrivacyUtility().draw(Results.load(tmp_path)).axes[0]
+    low, high = axes.get_ylim()
+    assert high - low >= 0.05
+    assert axes.lines[0].get_marker() == "o"
+
+
 def test_a_point_is_compared_with_undefended_runs_of_the_same_experiment_only(tmp_path: Path) -> None:
     make_run(tmp_path, "ra")
     make_run(tmp_path, "rb", defense="dgp", config={"model": {"hidden": 64}})
