@@ -230,7 +230,11 @@ def _controls(
     # defense.k1 is a setting of this defense: its control has none
     shared = [key for key in row if key.partition(".")[0] not in spec.control]
     frame = results.frame
-    controls = [other for other in rows if _is_control(spec, other) and all(other[key] == row[key] for key in shared)]
+
+    def controls_of(one: dict[str, Any]) -> list[dict[str, Any]]:
+        return [other for other in rows if _is_control(spec, other) and all(other[key] == one[key] for key in shared)]
+
+    controls = controls_of(row)
     if controls:
         theirs = [run for other in controls for run in frame[_matches(frame, other, or_null=False)]["run_id"].unique()]
         what = f"table {spec.name}: {_name(row)}"
@@ -240,7 +244,10 @@ def _controls(
         return theirs
     run_id = members[0]
     changes = {key: str(value) for key, value in spec.control.items()}
-    changes |= {"attack": f"[{row['attack']}]"} if row.get("attack") else {}
+    if row.get("attack"):
+        # one run makes all that these defended runs lack
+        alike = [other for other in rows if {**other, "attack": None} == {**row, "attack": None}]
+        changes["attack"] = f"[{','.join(other['attack'] for other in alike if not controls_of(other))}]"
     raise MissingCellError(
         f"table {spec.name}: {_name(row)} has no control with {_name(spec.control)}, and without one its numbers say "
         f"nothing about the defense. Run: {results.command(run_id, **changes)}"

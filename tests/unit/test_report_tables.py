@@ -163,6 +163,13 @@ def test_a_control_under_another_attack_is_none(tmp_path: Path) -> None:
         _table(tmp_path)
 
 
+def test_one_command_makes_the_control_of_all_attacks_that_have_none(tmp_path: Path) -> None:
+    make_run(tmp_path, "ra", attacks=("ig",))
+    make_run(tmp_path, "rb", defense="dgp", attacks=("dlg", "gia", "ig"))
+    with pytest.raises(MissingCellError, match=r"attack=dlg has no control.*defense=none 'attack=\[dlg,gia\]'$"):
+        _table(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "config"),
     [
