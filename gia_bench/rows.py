@@ -10,9 +10,6 @@ from torch import Tensor
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
-SMALL = 4096
-"""Entries of a tensor up to which it is not worth an operation of its own (measured on DLG's LeNet)."""
-
 
 def joined(tensors: Tensors, names: Iterable[str] | None = None) -> Tensor:
     """The entries [P] of all tensors, or of those that are named, in this order."""
@@ -23,10 +20,3 @@ def cut(row: Tensor, like: Tensors) -> dict[str, Tensor]:
     """A row [P] by the names and in the shapes of ``like``; views, of the row's dtype."""
     parts = row.split_with_sizes([t.numel() for t in like.values()])
     return {name: part.view(t.shape) for part, (name, t) in zip(parts, like.items(), strict=True)}
-
-
-def pieces(dummy: Tensors, observed: Tensors) -> list[tuple[Tensor, Tensor]]:
-    """Of both the tensors that ``observed`` has, side by side: each large one, then all small ones as one row."""
-    small = [name for name, t in observed.items() if t.numel() <= SMALL]
-    large = [(dummy[name], t) for name, t in observed.items() if name not in small]
-    return [*large, (joined(dummy, small), joined(observed, small))] if small else large

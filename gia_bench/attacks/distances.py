@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gia_bench.rows import pieces
+from gia_bench.rows import joined
 from gia_bench.values import Update
 
 Distance: TypeAlias = Callable[[Update, Update], Tensor]
@@ -38,7 +38,7 @@ class Euclidean:
     """The sum of squared differences over all tensors (Zhu et al. 2019, DLG)."""
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
-        return _sum((a - b).square().sum() for a, b in pieces(dummy, observed))
+        return _sum((a - b).square().sum() for a, b in _pieces(dummy, observed))
 
 
 @final
@@ -47,7 +47,7 @@ class EuclideanMean:
     """The squared difference averaged over all entries of the update: Euclidean / P (gia_bench choice)."""
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
-        total = _sum((a - b).square().sum() for a, b in pieces(dummy, observed))
+        total = _sum((a - b).square().sum() for a, b in _pieces(dummy, observed))
         return total / sum(t.numel() for t in observed.values())
 
 
@@ -57,7 +57,7 @@ class L1:
     """The sum of absolute differences over all tensors."""
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
-        return _sum((a - b).abs().sum() for a, b in pieces(dummy, observed))
+        return _sum((a - b).abs().sum() for a, b in _pieces(dummy, observed))
 
 
 @final
@@ -67,7 +67,7 @@ class Cosine(OfMany):
 
     def __call__(self, dummy: Update, observed: Update) -> Tensor:
         # u * u: the derivatives of square() take longer
-        products = ([a * b, a * a, b * b] for a, b in pieces(dummy, observed))
+        products = ([a * b, a * a, b * b] for a, b in _pieces(dummy, observed))
         dot, own, seen = (_sum(p.sum() for p in one) for one in zip(*products, strict=True))
         return 1 - _over_norms(dot, own, seen)
 
@@ -127,6 +127,18 @@ class _Cosines(torch.autograd.Function):
         own, seen, cosines, own_length, seen_length = ctx.saved_tensors
         towards, back = slope / own_length / seen_length, -slope * cosines / own_length / own_length
         return (seen * towards[..., None]).addcmul_(own, back[..., None]), None
+
+
+SMALL = 4096
+"""Entries of a tensor up to which it is not worth an operation of its own (measured on DLG's LeNet)."""
+
+
+def _pieces(dummy: Update, observed: Update) -> list[tuple[Tensor, Tensor]]:
+    """Both updates, piece by piece: each large tensor, and all small ones as one row. However few the numbers, an
+    operation takes its time, and a distance asks for a dozen of every piece."""
+    small = [name for name, t in observed.items() if t.numel() <= SMALL]
+    large = [(dummy[name], t) for name, t in observed.items() if name not in small]
+    return [*large, (joined(dummy, small), joined(observed, small))] if small else large
 
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:

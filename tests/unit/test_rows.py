@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gia_bench.rows import SMALL, cut, joined, pieces
+from gia_bench.rows import cut, joined
 from gia_bench.seeding import stream
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5)
@@ -33,20 +33,6 @@ def test_rows_are_joined_and_cut_under_vmap() -> None:
     assert all(torch.equal(again[name], t) for name, t in each.items())
 
 
-def test_large_tensors_are_pieces_of_their_own_and_small_ones_one_row() -> None:
-    a = tensors([[2, 3], [SMALL + 1], [4], [2, SMALL]])
-    b = {name: t + 1 for name, t in a.items()}
-    large, larger, small = pieces(a, b)
-    assert torch.equal(large[0], a["1"])
-    assert torch.equal(larger[1], b["3"])
-    assert torch.equal(small[0], torch.cat([a["0"].flatten(), a["2"]]))
-    assert all(torch.equal(own + 1, other) for own, other in (large, larger, small))
-
-
-def test_the_observed_tensors_are_the_ones_that_count() -> None:
-    observed = tensors([[2, 3], [SMALL + 1]])
-    dummy = {"more": torch.ones(5), **{name: t + 1 for name, t in reversed(observed.items())}}
-    large, small = pieces(dummy, observed)
-    assert torch.equal(large[0], dummy["1"])
-    assert torch.equal(small[0], dummy["0"].flatten())
-    assert torch.equal(small[1], observed["0"].flatten())
+def test_named_tensors_are_joined_in_the_order_of_the_names() -> None:
+    whole = tensors([[2, 3], [5], [4]])
+    assert torch.equal(joined(whole, ["2", "0"]), torch.cat([whole["2"], whole["0"].flatten()]))
